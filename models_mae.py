@@ -1,0 +1,115 @@
+"""MAE, the baseline: masked autoencoder with a self-attention decoder (arXiv 2111.06377).
+
+Letters: B images, L patches, V visible, P predicted, D encoder width, E decoder width, C channels,
+p patch size. The decoder sees all L patches; only the masked ones enter the loss.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from util.attention import Attend
+from util.blocks import Block
+from util.masking import Masking, take_tokens
+from util.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
+
+
+class MaskedAutoencoderViT(MaskedAutoencoder):
+    """Pre-training model; `forward` returns the loss."""
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer=nn.LayerNorm,
+        norm_pix_loss: bool = False,
+        attend: Attend | None = None,
+    ):
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            decoder_embed_dim=decoder_embed_dim,
+            mlp_ratio=mlp_ratio,
+            norm_layer=norm_layer,
+            norm_pix_loss=norm_pix_loss,
+            attend=attend,
+        )
+        self.norm = norm_layer(embed_dim)
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, self.attend, norm_layer)
+            for _ in range(decoder_depth)
+        )
+        self.add_prediction_head(decoder_embed_dim, norm_layer)
+
+    def forward_encoder(self, imgs: Tensor, masking: Masking) -> Tensor:
+        """imgs (B, C, H, W) -> class token and visible patches (B, 1 + V, D)."""
+        *_, x = self.run_blocks(self.embed(imgs, masking.ids_keep))
+        return self.norm(x)
+
+    def forward_decoder(self, x: Tensor, masking: Masking) -> Tensor:
+        """(B, 1 + V, D) -> predicted pixels of all patches (B, L, p*p*C)."""
+        x = self.decoder_embed(x)  # (B, 1 + V, E)
+        cls_token, visible = x[:, :1], x[:, 1:]
+        num_masked = masking.order.shape[1] - visible.shape[1]
+        masked = self.mask_token.to(x.dtype).expand(len(x), num_masked, -1)
+        patches = take_tokens(torch.cat([visible, masked], dim=1), masking.ids_restore)
+        x = torch.cat([cls_token, patches], dim=1) + self.decoder_pos_embed  # (B, 1 + L, E)
+        for block in self.decoder_blocks:
+            x = self.run(block, x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, masking: Masking) -> Tensor:
+        """Mean squared error over the masked patches: pred (B, L, p*p*C) -> scalar."""
+        ids_pred = masking.ids_pred
+        target = self.pixel_target(imgs, ids_pred)
+        return (take_tokens(pred, ids_pred).float() - target).square().mean()
+
+    def forward(
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        kept_mask_ratio: float | None = None,
+        vis: bool = False,
+        noise: Tensor | None = None,
+    ):
+        """Loss of imgs (B, C, H, W).
+
+        Args:
+            kept_mask_ratio: without effect; this decoder predicts every masked patch.
+            vis: return (loss, pred, target, mask) instead, pred and target (B, L, p*p*C) for all
+                patches, mask (B, L) 1 where the loss is taken.
+            noise: (B, L), orders the patches instead of a random draw; the smallest stay visible.
+        """
+        masking = self.draw_masking(imgs, mask_ratio, mask_ratio, noise)
+        pred = self.forward_decoder(self.forward_encoder(imgs, masking), masking)
+        loss = self.forward_loss(imgs, pred, masking)
+        if not vis:
+            return loss
+        all_patches = torch.arange(pred.shape[1], device=imgs.device).expand(len(imgs), -1)
+        return loss, pred, self.pixel_target(imgs, all_patches), masking.mask
+
+
+mae_vit_mini_patch4 = partial(MaskedAutoencoderViT, **MAE_MINI)
+mae_vit_small_patch16 = partial(MaskedAutoencoderViT, **MAE_SMALL)
+mae_vit_base_patch16 = partial(MaskedAutoencoderViT, **MAE_BASE)
+mae_vit_large_patch16 = partial(MaskedAutoencoderViT, **MAE_LARGE)
+mae_vit_huge_patch14 = partial(MaskedAutoencoderViT, **MAE_HUGE)
+# the longer names that MAE-style scripts use for the same models
+mae_vit_small_patch16_dec512d8b = mae_vit_small_patch16
+mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16
+mae_vit_large_patch16_dec512d8b = mae_vit_large_patch16
+mae_vit_huge_patch14_dec512d8b = mae_vit_huge_patch14

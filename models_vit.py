@@ -1,0 +1,100 @@
+"""The classifier that is fine-tuned: a Vision Transformer (arXiv 2010.11929) with a linear head.
+
+Parameter names and outputs equal timm's VisionTransformer. Letters: B images, L patches, D width,
+C channels.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from util.attention import Attend
+from util.blocks import LayerNorm
+from util.vit import BASE, HUGE, LARGE, MINI, SMALL, ViTBackbone
+
+
+class VisionTransformer(ViTBackbone):
+    """Classifier; `forward` returns logits."""
+
+    def __init__(
+        self,
+        global_pool: bool = False,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        norm_layer=LayerNorm,
+        attend: Attend | None = None,
+    ):
+        """
+        Args:
+            global_pool: classify the mean of the patch tokens (then `fc_norm`) instead of the class
+                token (after `norm`).
+            qkv_bias: must be True, as in every published model.
+            drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        """
+        if not qkv_bias:
+            raise ValueError("qkv_bias=False is not supported: the published models have it.")
+        super().__init__(
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio,
+            norm_layer,
+            attend,
+            drop_path_rate,
+        )
+        self.global_pool = global_pool
+        if global_pool:
+            self.fc_norm = norm_layer(embed_dim)
+        else:
+            self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.apply(initialize)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed although they have several dimensions."""
+        return {"cls_token", "pos_embed"}
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Tokens (B, 1 + L, D) -> logits (B, classes)."""
+        x = self.fc_norm(x[:, 1:].mean(dim=1)) if self.global_pool else self.norm(x)[:, 0]
+        return self.head(x)
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """imgs (B, C, H, W) -> logits (B, classes)."""
+        *_, x = self.run_blocks(self.embed(imgs))
+        return self.forward_head(x)
+
+
+def initialize(module: nn.Module) -> None:
+    """Start values of the linear layers, as in timm."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def start_head(model: VisionTransformer) -> None:
+    """Small random head for fine-tuning: weights of standard deviation 2e-5, zero bias."""
+    with torch.no_grad():
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)
+        model.head.bias.zero_()
+
+
+vit_mini_patch4 = partial(VisionTransformer, **MINI)
+vit_small_patch16 = partial(VisionTransformer, **SMALL)
+vit_base_patch16 = partial(VisionTransformer, **BASE)
+vit_large_patch16 = partial(VisionTransformer, **LARGE)
+vit_huge_patch14 = partial(VisionTransformer, **HUGE)

@@ -1,0 +1,78 @@
+# Sourced by demo.sh, test.sh and .ci/run, not run by itself. After
+#
+#     setup_environment requirements.txt [more requirement files, relative to $ROOT]
+#
+# $ROOT/.venv exists, holds these requirements and comes first on PATH. An existing .venv is used as
+# it is; requirement files that were installed before, unchanged, cost no time.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+say() { printf '== %s\n' "$*"; }
+
+stop() {
+    printf 'Stopped: %s\n' "$*" >&2
+    exit 1
+}
+
+# Is $1 a Python that runs here and is 3.11 or newer?
+is_new_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' </dev/null >/dev/null 2>&1
+}
+
+make_venv() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if is_new_python "$candidate"; then
+            say "Making .venv with $("$candidate" --version) ($(command -v "$candidate"))"
+            "$candidate" -m venv "$ROOT/.venv" && return
+            rm -rf "$ROOT/.venv"
+            stop "'$candidate -m venv' failed, its message is above (on Debian and Ubuntu the" \
+                "package python3-venv may be missing)."
+        fi
+    done
+    stop "no Python 3.11 or newer was found (tried python3, python3.13, python3.12, python3.11)."
+}
+
+# Run a command that may be silent for minutes, and show every 20 seconds that it is alive.
+with_sign_of_life() {
+    local start=$SECONDS ticker status=0
+    while sleep 20 >/dev/null && kill -0 $$; do
+        printf '   ... %d s, %s in .venv\n' $((SECONDS - start)) "$(du -sh "$ROOT/.venv" | cut -f1)"
+    done 2>/dev/null &
+    ticker=$!
+    "$@" || status=$?
+    kill "$ticker" 2>/dev/null || true
+    wait "$ticker" 2>/dev/null || true
+    return "$status"
+}
+
+setup_environment() {
+    local file line stamp="$ROOT/.venv/.requirements-installed"
+    local missing=()
+
+    [ -e "$ROOT/.venv" ] || make_venv
+    is_new_python "$ROOT/.venv/bin/python" ||
+        stop "$ROOT/.venv exists, but $ROOT/.venv/bin/python does not run or is older than" \
+            "Python 3.11. Delete that folder and start again."
+
+    for file in "$@"; do
+        [ -f "$ROOT/$file" ] || stop "$ROOT/$file is not there; is this a whole copy of the project?"
+        line="$(cd "$ROOT" && cksum "$file")"
+        grep -qsxF "$line" "$stamp" || missing+=("$file")
+    done
+    if [ ${#missing[@]} -gt 0 ]; then
+        say "Installing into .venv: ${missing[*]} (once; PyTorch is a download of 2-3 GB)"
+        with_sign_of_life "$ROOT/.venv/bin/python" -m pip install --disable-pip-version-check \
+            "${missing[@]/#/-r$ROOT/}" </dev/null ||
+            stop "pip could not install ${missing[*]}; its reason is above."
+        (cd "$ROOT" && .venv/bin/python -c 'import torch, torchvision, timm, tensorboard') </dev/null ||
+            stop "the packages are installed but cannot be imported together (message above);" \
+                "torch and torchvision must come from the same place, see README.md, Install."
+        for file in "${missing[@]}"; do
+            line="$(cd "$ROOT" && cksum "$file")"
+            { grep -sv " $file\$" "$stamp" || true; echo "$line"; } >"$stamp.new"
+            mv "$stamp.new" "$stamp"
+        done
+    fi
+    export PATH="$ROOT/.venv/bin:$PATH"
+}

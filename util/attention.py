@@ -1,0 +1,103 @@
+"""Attention, in one place: softmax(q k^T / sqrt(d)) v. The only file that knows the flash-attn package.
+
+Letters: B images, N query tokens, M key tokens, H heads, d head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+INSTALL_HINT = "pip install flash-attn --no-build-isolation"
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Attend:
+    """PyTorch's scaled_dot_product_attention with its own choice of kernel.
+
+    Projections come packed as the linear layers produce them, so that no copy is made on the way in.
+    """
+
+    name = "torch scaled_dot_product_attention"
+
+    def self_attend(self, qkv: Tensor) -> Tensor:
+        """qkv (B, N, 3, H, d) -> (B, N, H, d)."""
+        q, k, v = qkv.unbind(2)
+        return self.attend(q, k, v)
+
+    def cross_attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """q (B, N, H, d), kv (B, M, 2, H, d) -> (B, N, H, d)."""
+        k, v = kv.unbind(2)
+        return self.attend(q, k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, N, H, d), k and v (B, M, H, d) -> (B, N, H, d)."""
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        return out.transpose(1, 2)
+
+
+class AttendFlashKernel(Attend):
+    """PyTorch's attention with its built-in FlashAttention-2 kernel asked for first."""
+
+    def __init__(self, why_not_package: str):
+        self.name = (
+            "torch scaled_dot_product_attention, its own FlashAttention-2 kernel first "
+            f"(package flash-attn not used: {why_not_package})"
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(kernels, set_priority=True):
+            return super().attend(q, k, v)
+
+
+class AttendFlashPackage(Attend):
+    """The flash-attn package in half precision; PyTorch's attention for float32 tensors."""
+
+    def __init__(self, package, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func):
+        self.name = f"flash-attn {getattr(package, '__version__', '(unknown version)')}"
+        self.flash = flash_attn_func
+        self.flash_qkv = flash_attn_qkvpacked_func
+        self.flash_kv = flash_attn_kvpacked_func
+
+    def self_attend(self, qkv: Tensor) -> Tensor:
+        return self.flash_qkv(qkv) if qkv.dtype in HALF else super().self_attend(qkv)
+
+    def cross_attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        return self.flash_kv(q, kv) if q.dtype in HALF else super().cross_attend(q, kv)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.flash(q, k, v) if q.dtype in HALF else super().attend(q, k, v)
+
+
+def get_attend(flash: bool, device: torch.device, amp_dtype: torch.dtype | None) -> Attend:
+    """Choose the attention once, at start-up; `.name` says in one line which it is, and why.
+
+    Args:
+        flash: --enable_flash_attention2 was given.
+        device: where the model runs.
+        amp_dtype: autocast type of the run, or None for float32.
+    """
+    if not flash:
+        return Attend()
+    if device.type != "cuda":
+        return AttendFlashKernel("it needs a CUDA device; this run is on the CPU")
+    if amp_dtype not in HALF:
+        return AttendFlashKernel("it needs half precision; this run is float32 (--amp off)")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        found = ".".join(map(str, capability))
+        return AttendFlashKernel(f"it needs compute capability 8.0, this GPU has {found}")
+    try:
+        # By name: with other flash-attn packages installed, `import flash_attn` alone may succeed.
+        import flash_attn
+        from flash_attn import (
+            flash_attn_func,
+            flash_attn_kvpacked_func,
+            flash_attn_qkvpacked_func,
+        )
+    except ImportError as error:
+        return AttendFlashKernel(f"{error}; install it with `{INSTALL_HINT}`")
+    return AttendFlashPackage(
+        flash_attn, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func
+    )

@@ -1,0 +1,51 @@
+"""Parameter groups: weight decay in pre-training, layer-wise rates in fine-tuning.
+
+The order of groups and of parameters inside them numbers the tensors of a saved optimizer state, so it
+is part of the checkpoint format.
+"""
+
+from torch import nn
+
+
+def param_groups_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: tensors of at most one dimension without decay, then the rest with it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+    ]
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Layer number of a parameter: 0 embedding, i + 1 for blocks.i, depth + 1 for what follows."""
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def param_groups_lrd(
+    model: nn.Module, weight_decay: float, no_weight_decay_list=(), layer_decay: float = 0.75
+) -> list[dict]:
+    """One group per (layer, decayed or not), lr_scale = layer_decay ** (depth + 1 - layer).
+
+    Layer-wise decay of the rate as in BEiT (arXiv 2106.08254), section on fine-tuning.
+    """
+    depth = len(model.blocks)
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        layer = layer_of(name, depth)
+        decayed = param.ndim > 1 and name not in no_weight_decay_list
+        group = groups.setdefault(
+            (layer, decayed),
+            {
+                "lr_scale": layer_decay ** (depth + 1 - layer),
+                "weight_decay": weight_decay if decayed else 0.0,
+                "params": [],
+            },
+        )
+        group["params"].append(param)
+    return list(groups.values())
