@@ -3,8 +3,8 @@
 A decoder query is the position of a masked patch; it reads the encoder's feature maps and no other
 query, so any share of the masked patches can be predicted.
 
-Letters: B images, L patches, V visible, P predicted, D encoder width, E decoder width, K feature maps,
-J decoder blocks, C channels, p patch size.
+Letters: B images, L patches, V visible, P predicted, D encoder width, E decoder width, K feature
+maps, J decoder blocks, C channels, p patch size.
 """
 
 from collections.abc import Sequence
@@ -58,10 +58,10 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
     ):
         """
         Args:
-            weight_fm: every decoder block reads its own mixture of feature maps; without it, all read
-                the normalised output of the last block.
-            use_fm: encoder blocks whose outputs are mixed, negative from the end; -1 alone means all.
-            use_input: the encoder's input tokens are one more feature map, the first.
+            weight_fm: every decoder block reads its own mixture of feature maps; without it, all
+                read the normalised output of the last block.
+            use_fm: encoder blocks whose outputs are mixed, negative from the end; -1 alone means
+            all. use_input: the encoder's input tokens are one more feature map, the first.
             self_attn: queries also attend to each other.
         """
         super().__init__(
@@ -113,9 +113,10 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             *_, x = self.run_blocks(x)
             return [self.norm(x)] * len(self.decoder_blocks)
         maps = [x] if self.use_input else []
-        for i, x in zip(range(self.use_fm[-1] + 1), self.run_blocks(x), strict=False):
+        last = self.use_fm[-1]  # blocks after it are read by nobody, and not run
+        for i, output in enumerate(self.run_blocks(x, last + 1)):
             if i in self.use_fm:
-                maps.append(x)
+                maps.append(output)
         return [norm(y) for norm, y in zip(self.dec_norms, self.wfm(maps), strict=True)]
 
     def forward_decoder(self, contexts: Sequence[Tensor], masking: Masking) -> Tensor:
@@ -145,8 +146,8 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             kept_mask_ratio: share of all patches that is predicted, at most mask_ratio.
             vis: return (loss, pred, target, mask) instead, pred and target (B, L, p*p*C) with zeros
                 where nothing is predicted, mask (B, L) 1 where something is.
-            noise: (B, L), orders the patches instead of a random draw; the smallest stay visible, the
-                largest are predicted.
+            noise: (B, L), orders the patches instead of a random draw; the smallest stay visible,
+                the largest are predicted.
         """
         masking = self.draw_masking(imgs, mask_ratio, kept_mask_ratio, noise)
         pred = self.forward_decoder(self.forward_encoder(imgs, masking), masking)
@@ -174,7 +175,8 @@ def resolve_feature_maps(use_fm: Sequence[int], depth: int) -> list[int]:
     blocks = sorted(i + depth if i < 0 else i for i in use_fm)
     if not blocks or blocks[0] < 0 or blocks[-1] >= depth or len(set(blocks)) < len(blocks):
         raise ValueError(
-            f"use_fm {list(use_fm)} does not fit an encoder of {depth} blocks: give different numbers "
+            f"use_fm {list(use_fm)} does not fit an encoder of {depth} blocks: give different "
+            f"numbers "
             f"from {-depth} to {depth - 1}, or -1 alone for all blocks."
         )
     return blocks

@@ -6,7 +6,6 @@ C channels.
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from util.attention import Attend
@@ -84,13 +83,6 @@ def initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-def start_head(model: VisionTransformer) -> None:
-    """Small random head for fine-tuning: weights of standard deviation 2e-5, zero bias."""
-    with torch.no_grad():
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        model.head.bias.zero_()
 
 
 vit_mini_patch4 = partial(VisionTransformer, **MINI)

@@ -1,4 +1,5 @@
-"""Attention, in one place: softmax(q k^T / sqrt(d)) v. The only file that knows the flash-attn package.
+"""Attention, in one place: softmax(q k^T / sqrt(d)) v. The only file that knows the flash-attn
+package.
 
 Letters: B images, N query tokens, M key tokens, H heads, d head width.
 """
@@ -15,7 +16,8 @@ HALF = (torch.float16, torch.bfloat16)
 class Attend:
     """PyTorch's scaled_dot_product_attention with its own choice of kernel.
 
-    Projections come packed as the linear layers produce them, so that no copy is made on the way in.
+    Projections come packed as the linear layers produce them, so that no copy is made on the way
+    in.
     """
 
     name = "torch scaled_dot_product_attention"
@@ -54,7 +56,9 @@ class AttendFlashKernel(Attend):
 class AttendFlashPackage(Attend):
     """The flash-attn package in half precision; PyTorch's attention for float32 tensors."""
 
-    def __init__(self, package, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func):
+    def __init__(
+        self, package, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func
+    ):
         self.name = f"flash-attn {getattr(package, '__version__', '(unknown version)')}"
         self.flash = flash_attn_func
         self.flash_qkv = flash_attn_qkvpacked_func

@@ -23,7 +23,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         if img_size[0] % patch_size or img_size[1] % patch_size:
             raise ValueError(
-                f"Input size {img_size[0]}x{img_size[1]} does not divide by patch size {patch_size}; "
+                f"Input size {img_size[0]}x{img_size[1]} does not divide by patch size "
+                f"{patch_size}; "
                 "choose a multiple of it for both sides."
             )
         self.img_size = tuple(img_size)
@@ -126,7 +127,9 @@ class Block(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """CrossMAE decoder block: queries read a context, then an MLP; self-attention first if asked for."""
+    """CrossMAE decoder block: queries read a context, then an MLP; self-attention first if asked
+    for.
+    """
 
     def __init__(
         self,
@@ -160,4 +163,3 @@ def check_heads(dim: int, num_heads: int) -> None:
     """Raises ValueError when dim does not divide by num_heads."""
     if dim % num_heads:
         raise ValueError(f"Width {dim} does not divide by {num_heads} heads; change one of them.")
-

@@ -1,7 +1,7 @@
 """Parameter groups: weight decay in pre-training, layer-wise rates in fine-tuning.
 
-The order of groups and of parameters inside them numbers the tensors of a saved optimizer state, so it
-is part of the checkpoint format.
+The order of groups and of parameters inside them numbers the tensors of a saved optimizer state, so
+it is part of the checkpoint format.
 """
 
 from torch import nn

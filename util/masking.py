@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class Masking(NamedTuple):
-    """A random order of the patches: the first V are visible, the last P predicted, the rest dropped."""
+    """A random order of the patches: the first V are visible, the last P predicted, the rest
+    dropped.
+    """
 
     order: Tensor  # (B, L) patch numbers
     num_visible: int

@@ -18,8 +18,8 @@ def get_2d_sincos_pos_embed(
     """Table (L, dim) for a (rows, columns) grid; with cls_token a zero row comes first.
 
     Each row is [sin(column w), cos(column w), sin(row w), cos(row w)], w_i = 10000^(-i / (dim / 4))
-    ("Attention Is All You Need", arXiv 1706.03762, in two dimensions as in MAE). Steps are one patch,
-    whatever the picture size.
+    ("Attention Is All You Need", arXiv 1706.03762, in two dimensions as in MAE). Steps are one
+    patch, whatever the picture size.
 
     Raises:
         ValueError: dim does not divide by 4.

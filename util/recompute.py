@@ -1,9 +1,9 @@
 """Keep less for backward: recompute what is cheap instead of storing it.
 
 `linear(cheap(x))` normally stores both x (for the backward of `cheap`) and cheap(x) (for the weight
-gradient of `linear`). `linear_after` stores x only and evaluates `cheap` again in backward. With LayerNorm
-and GELU as `cheap` this removes about 40 % of the activations of a transformer block for a few per cent of
-its arithmetic, and no matrix product is done twice.
+gradient of `linear`). `linear_after` stores x only and evaluates `cheap` again in backward. With
+LayerNorm and GELU as `cheap` this removes about 40 % of the activations of a transformer block for
+a few per cent of its arithmetic, and no matrix product is done twice.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,9 @@ def linear_after(cheap: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear
     Args:
         cheap: elementwise or row-wise, deterministic, of the same output shape at every call.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compilers plan this themselves
+    if (
+        not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    ):  # compilers plan this themselves
         return linear(cheap(x))
 
     def evaluate() -> Tensor:

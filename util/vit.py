@@ -81,9 +81,9 @@ class ViTBackbone(nn.Module):
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
-    def run_blocks(self, x: Tensor) -> Iterator[Tensor]:
-        """Output of each encoder block in turn, (B, N, D)."""
-        for block in self.blocks:
+    def run_blocks(self, x: Tensor, number: int | None = None) -> Iterator[Tensor]:
+        """Output of each encoder block in turn, (B, N, D); of the first `number` of them."""
+        for block in self.blocks[:number]:
             x = self.run(block, x)
             yield x
 
@@ -104,7 +104,8 @@ class ViTBackbone(nn.Module):
 
 
 class MaskedAutoencoder(ViTBackbone):
-    """What both pre-training models share: fixed position tables, mask token, pixel target, start values.
+    """What both pre-training models share: fixed position tables, mask token, pixel target, start
+    values.
 
     A subclass builds its decoder blocks, then calls `add_prediction_head`.
     """
@@ -124,7 +125,15 @@ class MaskedAutoencoder(ViTBackbone):
         attend: Attend | None = None,
     ):
         super().__init__(
-            img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, norm_layer, attend
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            depth,
+            num_heads,
+            mlp_ratio,
+            norm_layer,
+            attend,
         )
         self.norm_pix_loss = norm_pix_loss
         grid = self.patch_embed.grid_size

@@ -1,0 +1,281 @@
+"""Fine-tune a pre-trained encoder as a classifier, or evaluate one (--eval --resume FILE).
+
+torchrun --nproc_per_node=4 main_finetune.py --finetune output/pretrain/checkpoint.pth ...
+"""
+
+import argparse
+import logging
+
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import nn
+
+from engine_finetune import evaluate, train_one_epoch
+from util import run
+from util.attention import get_attend
+from util.build import build_classifier
+from util.checkpoint import load_encoder, load_model, read_checkpoint, weights_of
+from util.cli import check_shared, prepare_output, shared_parser
+from util.datasets import build_dataset
+from util.distributed import wrap_ddp
+from util.loaders import build_eval_loader, build_train_loader
+from util.lr_decay import param_groups_lrd
+from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
+from util.state import RunState
+
+logger = logging.getLogger(__name__)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags of fine-tuning with their defaults."""
+    parser = argparse.ArgumentParser(
+        "main_finetune.py", description=__doc__, parents=[shared_parser()]
+    )
+    parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1, keep_every=0)
+
+    model = parser.add_argument_group("classifier")
+    model.add_argument("--model", default="vit_large_patch16", help="name in models_vit.py")
+    model.add_argument(
+        "--nb_classes", type=int, help="number of classes (default: as many as the data has)"
+    )
+    model.add_argument(
+        "--drop_path",
+        type=float,
+        default=0.1,
+        help="stochastic depth of the last block (default: 0.1)",
+    )
+    model.add_argument(
+        "--global_pool", action="store_true", help="classify the mean of the patches (the default)"
+    )
+    model.add_argument(
+        "--cls_token", action="store_false", dest="global_pool", help="classify the class token"
+    )
+    model.add_argument(
+        "--finetune",
+        default="",
+        help="pre-trained checkpoint to start from: a file or an https URL",
+    )
+
+    optim = parser.add_argument_group("fine-tuning rate")
+    optim.add_argument(
+        "--layer_decay",
+        type=float,
+        default=0.75,
+        help="factor per layer on the rate (default: 0.75)",
+    )
+
+    augment = parser.add_argument_group("augmentation")
+    augment.add_argument(
+        "--color_jitter", type=float, help="strength of colour jitter; used with an empty --aa"
+    )
+    augment.add_argument(
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        help="timm's auto-augment policy, '' for none (default: rand-m9-mstd0.5-inc1)",
+    )
+    augment.add_argument("--smoothing", type=float, default=0.1, help="of labels (default: 0.1)")
+    augment.add_argument(
+        "--reprob", type=float, default=0.25, help="probability of random erasing (default: 0.25)"
+    )
+    augment.add_argument(
+        "--remode", default="pixel", help="fill of random erasing (default: pixel)"
+    )
+    augment.add_argument("--recount", type=int, default=1, help="erased areas (default: 1)")
+    augment.add_argument(
+        "--resplit", action="store_true", help="no effect: kept for older commands"
+    )
+    augment.add_argument("--mixup", type=float, default=0, help="alpha of mixup (default: 0, off)")
+    augment.add_argument(
+        "--cutmix", type=float, default=0, help="alpha of cutmix (default: 0, off)"
+    )
+    augment.add_argument(
+        "--cutmix_minmax",
+        type=float,
+        nargs="+",
+        help="least and largest share cut, instead of --cutmix",
+    )
+    augment.add_argument(
+        "--mixup_prob", type=float, default=1.0, help="share of batches mixed (default: 1)"
+    )
+    augment.add_argument(
+        "--mixup_switch_prob",
+        type=float,
+        default=0.5,
+        help="share of cutmix where both are on (default: 0.5)",
+    )
+    augment.add_argument(
+        "--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="(default: batch)"
+    )
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument(
+        "--eval", action="store_true", help="only evaluate the --resume checkpoint"
+    )
+    evaluation.add_argument(
+        "--dist_eval", action="store_true", help="split the validation set over the processes"
+    )
+    parser.set_defaults(global_pool=True)
+    return parser
+
+
+def build_criterion(args):
+    """(loss, mixup function or None); with mixup, smoothing goes into the mixed targets."""
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+        logger.info("Mixup is activated!")
+        mixup_fn = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=args.nb_classes,
+        )
+        return SoftTargetCrossEntropy(), mixup_fn
+    return nn.CrossEntropyLoss(label_smoothing=args.smoothing), None
+
+
+def check_args(args) -> None:
+    """Refuse flags that would not act.
+
+    Raises:
+        ValueError: with the flag and the remedy.
+    """
+    check_shared(args)
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixes and args.batch_size % 2 and not args.eval:
+        raise ValueError(f"Mixup pairs images: --batch_size {args.batch_size} must be even.")
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs the checkpoint to evaluate: add --resume FILE.")
+    if not 0 <= args.drop_path < 1:
+        raise ValueError(f"--drop_path is {args.drop_path}; it must be at least 0 and below 1.")
+    if not 0 <= args.smoothing < 1:
+        raise ValueError(f"--smoothing is {args.smoothing}; it must be at least 0 and below 1.")
+    if args.in_chans != 3 and not args.eval:
+        if args.aa == "rand-m9-mstd0.5-inc1":
+            args.aa = ""
+        if args.aa or args.color_jitter:
+            raise ValueError(
+                "--aa and --color_jitter work on 3 channels; leave them out (--aa '')."
+            )
+
+
+def check_classes(args, *datasets) -> None:
+    """Set --nb_classes from the data, and compare the data sets.
+
+    Raises:
+        ValueError: training and validation classes differ, or --nb_classes is not their number.
+    """
+    classes = datasets[0].classes
+    for other in datasets[1:]:
+        if other.classes != classes:
+            odd = sorted(set(classes) ^ set(other.classes))[:3]
+            raise ValueError(
+                f"train/ and val/ of {args.data_path} have different class folders (such as "
+                f"{', '.join(odd)}); both need the same."
+            )
+    if args.nb_classes is None:
+        args.nb_classes = len(classes)
+    elif args.nb_classes != len(classes):
+        raise ValueError(
+            f"--nb_classes is {args.nb_classes} but {args.data_path} has {len(classes)} class "
+            f"folders; "
+            "correct the flag or leave it out."
+        )
+
+
+def main(args) -> None:
+    """One fine-tuning run, or one evaluation."""
+    check_args(args)
+    run.start_run(args)
+    amp_dtype = choose_amp_dtype(args.amp, args.device)
+    attend = get_attend(args.enable_flash_attention2, args.device, amp_dtype)
+    val_set = build_dataset(False, args)
+    if args.eval:
+        check_classes(args, val_set)
+        model = build_classifier(args, attend)
+        load_model(args, model)
+        model.to(args.device)
+        val_loader = build_eval_loader(val_set, args, args.dist_eval)
+        stats = evaluate(val_loader, model, args.device, args.amp)
+        report_accuracy(len(val_set), stats)
+        return
+
+    train_set = build_dataset(True, args)
+    check_classes(args, train_set, val_set)
+    model = build_classifier(args, attend)
+    if args.output_dir:
+        prepare_output(args)
+    if args.finetune and not args.resume:
+        start_from_pretrained(model, args.finetune)
+    train_loader = build_train_loader(train_set, args)
+    val_loader = build_eval_loader(val_set, args, args.dist_eval)
+    lr_text = run.set_lr(args)
+
+    model.to(args.device)
+    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
+    optimizer = build_adamw(groups, args.lr, betas=(0.9, 0.999))
+    loss_scaler = NativeScalerWithGradNormCount(amp_dtype, args.device.type)
+    criterion, mixup_fn = build_criterion(args)
+    state = RunState(args, model, optimizer, loss_scaler, train_set.classes)
+    if args.resume:
+        state.resume()
+    data_text = (
+        f"{len(train_set)} training and {len(val_set)} validation images of {args.nb_classes} "
+        f"classes "
+        f"in {args.data_path}, {len(train_loader)} batches per epoch"
+    )
+    run.report_start(args, model, lr_text, attend.name, data_text)
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("number of params (M): %.2f", num_trainable / 1e6)
+    ddp_model = wrap_ddp(model, args.device, find_unused_parameters=False)
+
+    writer = run.make_writer(args)
+    watch = run.Stopwatch()
+    logger.info("Start training for %d epochs", args.epochs)
+    for epoch in range(state.epoch, args.epochs):
+        train_loader.set_epoch(epoch, state.iteration)
+        train_stats = train_one_epoch(
+            ddp_model,
+            criterion,
+            train_loader,
+            optimizer,
+            args.device,
+            epoch,
+            loss_scaler,
+            args.clip_grad,
+            mixup_fn,
+            writer,
+            args,
+            state,
+        )
+        test_stats = evaluate(val_loader, model, args.device, args.amp)
+        report_accuracy(len(val_set), test_stats)
+        state.end_epoch(epoch, test_stats["acc1"])
+        logger.info("Max accuracy: %.2f%%", state.best)
+        if writer is not None:
+            for name in ("acc1", "acc5", "loss"):
+                writer.add_scalar(f"perf/test_{name}", test_stats[name], epoch)
+        stats = {f"train_{k}": v for k, v in train_stats.items()}
+        stats |= {f"test_{k}": v for k, v in test_stats.items()}
+        run.log_epoch(args, writer, stats | {"epoch": epoch, "n_parameters": num_trainable})
+    watch.report()
+
+
+def start_from_pretrained(model, source: str) -> None:
+    """Load a pre-trained encoder and give the classifier a small random head."""
+    checkpoint = read_checkpoint(source)
+    logger.info("Load pre-trained checkpoint from: %s", source)
+    load_encoder(model, weights_of(checkpoint, source))
+    with torch.no_grad():
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)
+
+
+def report_accuracy(num_images: int, stats: dict[str, float]) -> None:
+    logger.info("Accuracy of the network on the %d test images: %.1f%%", num_images, stats["acc1"])
+
+
+if __name__ == "__main__":
+    run.run(main, get_args_parser().parse_args())

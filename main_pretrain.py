@@ -1,0 +1,189 @@
+"""Pre-train a Vision Transformer by masked reconstruction: CrossMAE (--cross_mae) or MAE.
+
+torchrun --nproc_per_node=4 main_pretrain.py --cross_mae --weight_fm --use_input ...
+"""
+
+import argparse
+import logging
+
+from engine_pretrain import train_one_epoch
+from util import run
+from util.attention import get_attend
+from util.build import build_pretrain_model
+from util.cli import check_shared, prepare_output, shared_parser
+from util.datasets import build_pretrain_dataset
+from util.distributed import wrap_ddp
+from util.loaders import build_train_loader
+from util.lr_decay import param_groups_weight_decay
+from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
+from util.state import RunState
+
+logger = logging.getLogger(__name__)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags of pre-training with their defaults."""
+    parser = argparse.ArgumentParser(
+        "main_pretrain.py", description=__doc__, parents=[shared_parser()]
+    )
+    parser.set_defaults(epochs=400, min_lr=0.0, warmup_epochs=40)
+
+    model = parser.add_argument_group("pre-training model")
+    model.add_argument(
+        "--model", default="mae_vit_large_patch16", help="name in models_cross.py or models_mae.py"
+    )
+    model.add_argument(
+        "--cross_mae", action="store_true", help="CrossMAE; without it, the MAE baseline"
+    )
+    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (default: 8)")
+    model.add_argument("--decoder_embed_dim", type=int, help="decoder width (default: the model's)")
+    model.add_argument(
+        "--weight_fm",
+        action="store_true",
+        help="CrossMAE: every decoder block reads its own learned mix of encoder feature maps",
+    )
+    model.add_argument(
+        "--use_fm",
+        type=int,
+        nargs="+",
+        default=[-1],
+        metavar="BLOCK",
+        help=(
+            "CrossMAE: encoder blocks to mix, negative from the end; -1 alone means all "
+            "(default: -1)"
+        ),
+    )
+    model.add_argument(
+        "--use_input", action="store_true", help="CrossMAE: also mix in the encoder's input tokens"
+    )
+    model.add_argument(
+        "--self_attn", action="store_true", help="CrossMAE: self-attention in every decoder block"
+    )
+
+    masking = parser.add_argument_group("masking and loss")
+    masking.add_argument(
+        "--mask_ratio", type=float, default=0.75, help="share of patches hidden (default: 0.75)"
+    )
+    masking.add_argument(
+        "--kept_mask_ratio",
+        type=float,
+        default=0.75,
+        help="share of all patches that CrossMAE predicts, at most --mask_ratio (default: 0.75)",
+    )
+    masking.add_argument(
+        "--norm_pix_loss", action="store_true", help="predict pixels normalised within each patch"
+    )
+
+    optim = parser.add_argument_group("pre-training rate")
+    optim.add_argument(
+        "--inverse_lr",
+        action="store_true",
+        help="scale the rate by mask/kept instead of kept/mask ratio",
+    )
+    optim.add_argument("--no_lr_scale", action="store_true", help="do not scale the rate by ratios")
+
+    data = parser.add_argument_group("pre-training data")
+    data.add_argument(
+        "--loader",
+        choices=["fast", "pillow"],
+        default="fast",
+        help=(
+            "fast: uint8 crops, normalised on the device; pillow: the recipe's chain (default: "
+            "fast)"
+        ),
+    )
+
+    saving = parser.add_argument_group("saving")
+    saving.add_argument(
+        "--save_every", type=int, default=1, help="epochs between checkpoint.pth (default: 1)"
+    )
+    saving.add_argument(
+        "--keep_every",
+        type=int,
+        default=200,
+        help="epochs between checkpoint-EPOCH.pth files that stay; 0: none (default: 200)",
+    )
+
+    launch = parser.add_argument_group("pre-training, distributed")
+    launch.add_argument(
+        "--find_unused_parameters",
+        action="store_true",
+        help="passed to DDP; set by itself where --use_fm leaves blocks unread",
+    )
+    return parser
+
+
+def check_args(args) -> None:
+    """Refuse flags that would not act.
+
+    Raises:
+        ValueError: with the flag and the remedy.
+    """
+    check_shared(args)
+    if args.decoder_depth < 1:
+        raise ValueError(f"--decoder_depth is {args.decoder_depth}; it must be at least 1.")
+    if not args.cross_mae:
+        for flag in ("weight_fm", "use_input", "self_attn"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag} belongs to CrossMAE: add --cross_mae or leave it out.")
+        if args.use_fm != [-1]:
+            raise ValueError("--use_fm belongs to CrossMAE: add --cross_mae or leave it out.")
+    elif not args.weight_fm and (args.use_input or args.use_fm != [-1]):
+        raise ValueError("--use_input and --use_fm choose what --weight_fm mixes: add --weight_fm.")
+
+
+def lr_scale(args) -> tuple[float, str]:
+    """Factor on the learning rate for the share of patches predicted, and its text."""
+    if args.no_lr_scale:
+        return 1.0, ""
+    if args.inverse_lr:
+        return (
+            args.mask_ratio / args.kept_mask_ratio,
+            f" × {args.mask_ratio}/{args.kept_mask_ratio}",
+        )
+    return args.kept_mask_ratio / args.mask_ratio, f" × {args.kept_mask_ratio}/{args.mask_ratio}"
+
+
+def main(args) -> None:
+    """One pre-training run."""
+    check_args(args)
+    run.start_run(args)
+    amp_dtype = choose_amp_dtype(args.amp, args.device)
+    attend = get_attend(args.enable_flash_attention2, args.device, amp_dtype)
+    model = build_pretrain_model(args, attend)
+    if args.output_dir:
+        prepare_output(args)
+    dataset = build_pretrain_dataset(args)
+    loader = build_train_loader(dataset, args)
+    lr_text = run.set_lr(args, *lr_scale(args))
+
+    model.to(args.device)
+    optimizer = build_adamw(
+        param_groups_weight_decay(model, args.weight_decay), args.lr, betas=(0.9, 0.95)
+    )
+    loss_scaler = NativeScalerWithGradNormCount(amp_dtype, args.device.type)
+    state = RunState(args, model, optimizer, loss_scaler, dataset.classes)
+    if args.resume:
+        state.resume()
+    data_text = (
+        f"{len(dataset)} training images in {args.data_path}, {len(loader)} batches per epoch"
+    )
+    run.report_start(args, model, lr_text, attend.name, data_text)
+    unused = args.find_unused_parameters or getattr(model, "has_unused_blocks", False)
+    ddp_model = wrap_ddp(model, args.device, unused)
+
+    writer = run.make_writer(args)
+    watch = run.Stopwatch()
+    logger.info("Start training for %d epochs", args.epochs)
+    for epoch in range(state.epoch, args.epochs):
+        loader.set_epoch(epoch, state.iteration)
+        stats = train_one_epoch(
+            ddp_model, loader, optimizer, args.device, epoch, loss_scaler, writer, args, state
+        )
+        run.log_epoch(args, writer, {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
+        state.end_epoch(epoch)
+    watch.report()
+
+
+if __name__ == "__main__":
+    run.run(main, get_args_parser().parse_args())

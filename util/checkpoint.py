@@ -1,0 +1,366 @@
+"""Checkpoint files: the one safe read, the one safe write, and what kind of file it is.
+
+A file is a dict of tensors and plain values under the names the MAE family uses (model, optimizer,
+epoch, scaler, args), so other tools find `model` where they look for it. Reading never runs code
+from the file.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from util.download import fetch
+from util.pos_embed import interpolate_pos_embed
+
+logger = logging.getLogger(__name__)
+
+PLAIN = (str, int, float, bool, type(None))
+PREFIXES = ("module.", "_orig_mod.")
+ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file is damaged, hostile, or not of the kind that is needed."""
+
+
+def read_checkpoint(source: str | Path, sha256: str | None = None) -> dict:
+    """Read a checkpoint from a file or an https or hf:// address, without running anything in it.
+
+    Tensors, containers, numbers and strings are accepted, and argparse.Namespace with such values
+    (older files keep their arguments in one; it comes back as a dict). safetensors files are read
+    as weights.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no checkpoint, or holds anything else.
+    """
+    path = Path(fetch(str(source), sha256))
+    if path.is_dir() or not path.exists():
+        raise CheckpointError(f"There is no checkpoint file {path}; check the path.")
+    size = path.stat().st_size
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return {"model": load_file(path)}
+        if zipfile.is_zipfile(path):
+            check_zip(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(explain_refusal(path, size, error)) from error
+    except Exception as error:  # a damaged file fails in many ways, each named by its own library
+        raise CheckpointError(
+            f"{path} ({size:,} bytes) is no complete checkpoint ({one_line(error)}); "
+            "copy or download it again."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; a dict with the entry "
+            "'model' or a state dict is needed."
+        )
+    return {
+        key: plain_args(path, value) if key == "args" else value
+        for key, value in checkpoint.items()
+    }
+
+
+def check_zip(path: Path) -> None:
+    """Compare the checksum of every member, which torch.load does not.
+
+    Raises:
+        CheckpointError: a member is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise CheckpointError(
+            f"{path} is damaged: the checksum of {damaged} is wrong; use another copy of it."
+        )
+
+
+def explain_refusal(path: Path, size: int, error: Exception) -> str:
+    """Say what was found where weights were expected."""
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"{path} ({size:,} bytes) is a web page, not a checkpoint; download the file itself."
+    if not zipfile.is_zipfile(path) and not start.startswith((b"\x80", b"pk")):
+        return f"{path} ({size:,} bytes) is no checkpoint file; check what it is."
+    try:
+        names = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # only old or damaged files: the sentence below still says enough
+        names = ""
+    return (
+        f"{path} is refused: it asks for code to be run ({names or one_line(error)}), which a "
+        f"file of "
+        "weights never needs; get it from a source you trust and save its weights alone."
+    )
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def plain_args(path: Path, args) -> dict:
+    """Arguments of a run as a dict of plain values.
+
+    Raises:
+        CheckpointError: something else hides among them.
+    """
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    for name, value in (args or {}).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if not isinstance(name, str) or not all(isinstance(v, PLAIN) for v in values):
+            logger.warning("%s: argument %s is a %s; left out", path, name, type(value).__name__)
+    return {
+        name: value
+        for name, value in (args or {}).items()
+        if all(
+            isinstance(v, PLAIN) for v in (value if isinstance(value, (list, tuple)) else [value])
+        )
+    }
+
+
+def weights_of(checkpoint: dict, source: str = "the checkpoint") -> dict[str, Tensor]:
+    """The state dict inside, whichever way it is wrapped, without the prefixes of DDP and compile.
+
+    Raises:
+        CheckpointError: there are no weights.
+    """
+    weights = checkpoint.get("model", checkpoint)
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        found = ", ".join(map(str, list(checkpoint)[:8]))
+        raise CheckpointError(
+            f"{source} holds no weights (entries: {found}); an entry 'model' with a state dict, "
+            "or a bare state dict, is needed."
+        )
+    return {strip_prefixes(name): value for name, value in weights.items()}
+
+
+def strip_prefixes(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def kind_of(weights: dict[str, Tensor]) -> str:
+    """ "pre-training", "fine-tuned", "encoder" or "unknown", told by the names of the weights."""
+    if "mask_token" in weights:
+        return "pre-training"
+    if "head.weight" in weights:
+        return "fine-tuned"
+    return "encoder" if "patch_embed.proj.weight" in weights else "unknown"
+
+
+class Loaded(NamedTuple):
+    """What a partial load left open."""
+
+    missing: list[str]  # of the model, not in the file
+    unexpected: list[str]  # in the file, not of the model
+
+
+def load_encoder(model: nn.Module, weights: dict[str, Tensor], old_grid=None) -> Loaded:
+    """Load a pre-trained encoder into a classifier: all of it, or nothing.
+
+    The position table is resized where the grids differ; a head of another size is left out, as are
+    the parts of a decoder. `norm` may be missing (a CrossMAE file has none) and keeps its start
+    values.
+
+    Raises:
+        CheckpointError: a tensor of the encoder is missing or has another shape.
+    """
+    weights = dict(weights)
+    own = model.state_dict()
+    for name in ("head.weight", "head.bias"):
+        if name in weights and weights[name].shape != own[name].shape:
+            logger.info("Removing key %s from pretrained checkpoint", name)
+            del weights[name]
+    check_encoder(own, weights, skip=("pos_embed",))
+    interpolate_pos_embed(model, weights, old_grid)
+    check_encoder(own, weights)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    count = sum(name.startswith(ENCODER_PARTS) for name in own)
+    logger.info(
+        "Matched %d of %d encoder tensors; fresh: %s", count, count, ", ".join(missing) or "nothing"
+    )
+    return Loaded(missing, unexpected)
+
+
+def check_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], skip=()) -> None:
+    """Raises CheckpointError unless every encoder tensor is there in the right shape."""
+    for name, value in own.items():
+        if not name.startswith(ENCODER_PARTS) or name in skip:
+            continue
+        if name not in weights:
+            raise CheckpointError(
+                f"The checkpoint has no {name}, so its encoder is not the one of --model; "
+                "choose the model it was trained with."
+            )
+        if weights[name].shape != value.shape:
+            raise CheckpointError(
+                f"{name} is {tuple(weights[name].shape)} in the checkpoint but "
+                f"{tuple(value.shape)} in "
+                "the model; choose the --model (and --patch_size, --in_chans) it was trained with."
+            )
+
+
+def load_strict(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load every tensor.
+
+    Raises:
+        CheckpointError: the names or shapes differ; says what kind of file it is and what to do.
+    """
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    reshaped = [n for n in own if n in weights and own[n].shape != weights[n].shape]
+    if not (missing or unexpected or reshaped):
+        model.load_state_dict(weights)
+        return
+    found, wanted = kind_of(weights), kind_of(own)
+    if found != wanted and wanted == "fine-tuned" and found != "unknown":
+        raise CheckpointError(
+            f"{source} is a {found} checkpoint, a fine-tuned one is needed here: "
+            "give it to --finetune instead of --resume."
+        )
+    if found != wanted:
+        raise CheckpointError(f"{source} is a {found} checkpoint, a {wanted} one is needed here.")
+    examples = [f"missing {n}" for n in missing[:2]] + [
+        f"not of this model {n}" for n in unexpected[:2]
+    ]
+    examples += [
+        f"{n} is {tuple(weights[n].shape)}, not {tuple(own[n].shape)}" for n in reshaped[:2]
+    ]
+    raise CheckpointError(
+        f"{source} fits another model ({'; '.join(examples)}); use the --model, sizes and decoder "
+        "flags it was trained with."
+    )
+
+
+def write_checkpoint(checkpoint: dict, path: Path, link: Path | None = None) -> None:
+    """Write a file that is either complete or not there, and never harms the one before.
+
+    Written beside its place, flushed to the disk, then renamed.
+
+    Args:
+        link: second name of the same file.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; says where, with the room left.
+    """
+    waiting = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with open(waiting, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if link is not None:
+            second = link.with_name(f"{link.name}.tmp.{os.getpid()}")
+            second.unlink(missing_ok=True)
+            os.link(waiting, second)
+            os.replace(second, link)
+        os.replace(waiting, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            waiting.unlink()
+        raise OSError(
+            f"Cannot write the checkpoint {path} ({one_line(error)}; {room_left(path.parent)}); "
+            "the one before it is as it was."
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def room_left(folder: Path) -> str:
+    try:
+        disk = os.statvfs(folder)
+    except OSError as error:
+        return error.strerror
+    return f"{disk.f_bavail * disk.f_frsize / 2**20:,.0f} MiB left there"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what an interrupted write left behind."""
+    for leftover in folder.glob("*.pth.tmp.*"):
+        leftover.unlink(missing_ok=True)
+
+
+def save_model(
+    args, epoch: int, model, optimizer, loss_scaler, extra=None, name="checkpoint.pth", link=None
+):
+    """Write OUTPUT_DIR/name with model, optimizer, scaler and arguments.
+
+    Args:
+        epoch: last finished epoch; -1 before the first is done.
+        model: without DDP around it.
+        extra: more entries, plain values and tensors.
+        link: second file name for the same content.
+    """
+    checkpoint = {
+        "model": {strip_prefixes(k): v for k, v in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "scaler": loss_scaler.state_dict(),
+        "args": {
+            k: v if isinstance(v, (*PLAIN, list, tuple)) else str(v) for k, v in vars(args).items()
+        },
+        **(extra or {}),
+    }
+    folder = Path(args.output_dir)
+    write_checkpoint(checkpoint, folder / name, folder / link if link else None)
+
+
+def load_model(args, model_without_ddp, optimizer=None, loss_scaler=None) -> dict:
+    """Go on from args.resume: weights, and with an optimizer also its state, scaler and epoch.
+
+    Sets args.start_epoch to the epoch after the last finished one. Returns the checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read or fits another model.
+    """
+    checkpoint = read_checkpoint(args.resume)
+    load_strict(model_without_ddp, weights_of(checkpoint, args.resume), args.resume)
+    logger.info("Resume checkpoint %s", args.resume)
+    if optimizer is not None and "optimizer" in checkpoint and "epoch" in checkpoint:
+        load_optimizer(optimizer, checkpoint["optimizer"], args.resume)
+        args.start_epoch = checkpoint["epoch"] + 1
+        if loss_scaler is not None and "scaler" in checkpoint:
+            loss_scaler.load_state_dict(checkpoint["scaler"])
+        logger.info("With optim & sched!")
+    return checkpoint
+
+
+def load_optimizer(optimizer, state: dict, source: str) -> None:
+    """Load an optimizer's state; which kernel runs it stays this run's choice.
+
+    Raises:
+        CheckpointError: it belongs to other parameter groups.
+    """
+    fused = optimizer.defaults.get("fused")
+    state = {**state, "param_groups": [{**g, "fused": fused} for g in state["param_groups"]]}
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The optimizer state in {source} does not fit this run ({one_line(error)}); use the "
+            f"flags "
+            "it was trained with, or take only its weights."
+        ) from error

@@ -1,0 +1,239 @@
+"""Flags that both scripts take, and checks that need no data.
+
+Keep argparse's prefix matching: `--epoch 100` is documented and means --epochs, so no other flag
+may begin with --epoch.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def shared_parser() -> argparse.ArgumentParser:
+    """Parser to be used in `parents=[...]`; defaults are set by each script."""
+    parser = argparse.ArgumentParser(add_help=False)
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--input_size",
+        type=int,
+        nargs="+",
+        default=224,
+        action=SizeAction,
+        metavar="PIXELS",
+        help="side of the input crop, or its height and width (default: 224)",
+    )
+    model.add_argument("--patch_size", type=int, help="patch side in pixels (default: the model's)")
+    model.add_argument("--in_chans", type=int, default=3, help="channels of a picture (default: 3)")
+    model.add_argument(
+        "--enable_flash_attention2",
+        action="store_true",
+        help=(
+            "use the flash-attn package if it can run here, else PyTorch's own FlashAttention-2 "
+            "kernel"
+        ),
+    )
+    model.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="keep only block inputs and run every block again in backward: less memory, slower",
+    )
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument(
+        "--batch_size",
+        type=int,
+        default=64,
+        help="images per process and forward pass; effective batch = this x accum_iter x processes "
+        "(default: 64)",
+    )
+    optim.add_argument(
+        "--accum_iter", type=int, default=1, help="forward passes per update (default: 1)"
+    )
+    optim.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW (default: 0.05)")
+    optim.add_argument("--clip_grad", type=float, help="largest gradient norm (default: no limit)")
+    optim.add_argument(
+        "--lr", type=float, help="peak learning rate, instead of --blr and its scaling"
+    )
+    optim.add_argument(
+        "--blr", type=float, default=1e-3, help="peak learning rate per 256 images (default: 1e-3)"
+    )
+    optim.add_argument("--min_lr", type=float, help="where the cosine ends (default: %(default)s)")
+    optim.add_argument(
+        "--warmup_epochs", type=int, help="linear rise from 0 (default: %(default)s epochs)"
+    )
+    optim.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help=(
+            "autocast type; auto: bf16 where the GPU has it, else fp16; off on a CPU (default: "
+            "auto)"
+        ),
+    )
+    optim.add_argument(
+        "--skip_nonfinite",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps per epoch that may be skipped because loss or gradients are not finite "
+        "(default: 0, stop at the first)",
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data_path",
+        default="/datasets01/imagenet_full_size/061417/",
+        help="folder with train/ and val/, each with one folder per class",
+    )
+    data.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="M",
+        help="channel means of pictures in 0..1 (default: ImageNet's; 0.5 unless 3 channels)",
+    )
+    data.add_argument(
+        "--std",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="channel deviations (default: ImageNet's; 0.5 unless 3 channels)",
+    )
+    data.add_argument(
+        "--num_workers", type=int, default=10, help="loader processes per process (default: 10)"
+    )
+    data.add_argument(
+        "--prefetch",
+        type=int,
+        default=2,
+        help="batches that each loader process holds ready (default: 2)",
+    )
+    data.add_argument("--pin_mem", action="store_true", help="pinned host memory (the default)")
+    data.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable memory")
+    data.add_argument(
+        "--multi_epochs_dataloader",
+        action="store_true",
+        help="no effect: loader processes always live on between epochs; kept for older commands",
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--epochs", type=int, help="length of the run (default: %(default)s)")
+    run.add_argument(
+        "--output_dir",
+        default="./output_dir",
+        help=(
+            "checkpoints, log.txt and TensorBoard files; '' writes nothing (default: ./output_dir)"
+        ),
+    )
+    run.add_argument("--log_dir", help="TensorBoard folder (default: output_dir)")
+    run.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    run.add_argument("--seed", type=int, default=0, help="rank is added to it (default: 0)")
+    run.add_argument(
+        "--resume", default="", help="checkpoint to go on from: a file or an https URL"
+    )
+    run.add_argument(
+        "--start_epoch", type=int, default=0, help="number of the first epoch (default: 0)"
+    )
+
+    launch = parser.add_argument_group("distributed")
+    launch.add_argument(
+        "--world_size", type=int, default=1, help="no effect: the launcher says how many there are"
+    )
+    launch.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        default=-1,
+        help="no effect: kept for older launchers",
+    )
+    launch.add_argument(
+        "--dist_on_itp", action="store_true", help="read ranks from Open MPI's variables"
+    )
+    launch.add_argument(
+        "--dist_url", default="env://", help="where processes meet (default: env://)"
+    )
+    launch.add_argument(
+        "--dist_timeout",
+        type=int,
+        default=1800,
+        help="seconds a process waits for another (default: 1800)",
+    )
+    parser.set_defaults(pin_mem=True)
+    return parser
+
+
+class SizeAction(argparse.Action):
+    """One number stays a number (a square); two become (height, width)."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            parser.error(f"{option_string} takes a side, or a height and a width: got {values}")
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
+
+
+def check_shared(args: argparse.Namespace) -> None:
+    """Fill in what depends on other flags, and refuse what cannot work.
+
+    Raises:
+        ValueError: with the flag, its value and the remedy.
+    """
+    for name in ("batch_size", "accum_iter", "epochs", "in_chans", "prefetch", "dist_timeout"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
+    for name in ("num_workers", "start_epoch", "skip_nonfinite"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative.")
+    fill_channels(args)
+
+
+def fill_channels(args: argparse.Namespace) -> None:
+    """Mean and deviation of every channel: the flags', ImageNet's for 3 channels, else 0.5.
+
+    Raises:
+        ValueError: their number does not fit, or a deviation is not above 0.
+    """
+    default_mean, default_std = (
+        (IMAGENET_MEAN, IMAGENET_STD) if args.in_chans == 3 else ((0.5,),) * 2
+    )
+    args.mean = spread(args.mean or default_mean, args.in_chans, "--mean")
+    args.std = spread(args.std or default_std, args.in_chans, "--std")
+    if min(args.std) <= 0:
+        raise ValueError(f"--std holds {min(args.std)}; deviations must be above 0.")
+
+
+def spread(values, in_chans: int, flag: str) -> list[float]:
+    """One value per channel; a single value stands for all.
+
+    Raises:
+        ValueError: there are neither one nor in_chans values.
+    """
+    if len(values) not in (1, in_chans):
+        raise ValueError(
+            f"{flag} has {len(values)} values for {in_chans} channels; give one for each."
+        )
+    return list(values) * (in_chans if len(values) == 1 else 1)
+
+
+def prepare_output(args: argparse.Namespace) -> None:
+    """Make the output folder; log_dir follows it.
+
+    Raises:
+        ValueError: the folder cannot be made or written to.
+    """
+    if args.log_dir is None:
+        args.log_dir = args.output_dir
+    for folder in {args.output_dir, args.log_dir} - {"", None}:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            probe = Path(folder, f".writable.{os.getpid()}")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"Cannot write to the output folder {folder} ({error.strerror}); "
+                "choose another --output_dir."
+            ) from error

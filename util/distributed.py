@@ -1,0 +1,154 @@
+"""Processes: who am I, how many are we, and the few collectives the code needs."""
+
+import contextlib
+import datetime
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+logger = logging.getLogger(__name__)
+
+
+def init_distributed_mode(args) -> None:
+    """Find out how this process was started and join the others.
+
+    Looks at torchrun's variables, then (with --dist_on_itp) Open MPI's, then SLURM's. Sets on args:
+    distributed, rank, world_size, gpu (local rank), dist_backend, and device, which becomes a
+    torch.device: as asked for, else cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: the device does not exist, or SLURM started several tasks without saying where
+            rank 0 listens.
+        RuntimeError: the group could not be formed.
+    """
+    args.rank, args.world_size, args.gpu = read_launcher(os.environ, args.dist_on_itp)
+    args.distributed = args.world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    args.device = choose_device(args.device, args.gpu)
+    if not args.distributed:
+        args.dist_backend = None
+        return
+    args.dist_backend = "nccl" if args.device.type == "cuda" else "gloo"
+    where = args.dist_url
+    if where == "env://":
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group(
+            args.dist_backend,
+            init_method=args.dist_url,
+            rank=args.rank,
+            world_size=args.world_size,
+            timeout=datetime.timedelta(seconds=args.dist_timeout),
+            device_id=args.device if args.device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        raise RuntimeError(
+            f"Rank {args.rank} of {args.world_size} could not join the others at {where} within "
+            f"{args.dist_timeout} s ({str(error).splitlines()[0]}); check that every process is "
+            "running, that address and port are reachable, and that the port is free "
+            "(another --master_port)."
+        ) from error
+    dist.barrier()
+
+
+def read_launcher(env, dist_on_itp: bool) -> tuple[int, int, int]:
+    """(rank, world size, local rank) from the environment; (0, 1, 0) for one process on its own."""
+    if dist_on_itp:
+        rank, size, local = (
+            int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE", "LOCAL_RANK")
+        )
+        env["MASTER_ADDR"] = env.get("MASTER_ADDR", "localhost")
+        env["MASTER_PORT"] = env.get("MASTER_PORT", "29500")
+        return rank, size, local
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+            raise ValueError(
+                f"SLURM started {env['SLURM_NTASKS']} tasks but MASTER_ADDR and MASTER_PORT are "
+                f"not "
+                "set; export the first node's name and a free port, or start through torchrun."
+            )
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+def choose_device(wanted: str | None, local_rank: int) -> torch.device:
+    """The device of this process: `wanted`, or cuda where there is one, or cpu.
+
+    Raises:
+        ValueError: `wanted` is not a device of this machine.
+    """
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {wanted} is not a device; use cuda or cpu.") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {wanted}: this machine has no usable GPU; use --device cpu."
+            )
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"Local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} "
+                f"found; "
+                "start at most one process per GPU (--nproc_per_node)."
+            )
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes."""
+    return get_rank() == 0
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over the processes, in place; x itself for one process."""
+    if is_distributed():
+        dist.all_reduce(x)
+    return x
+
+
+def wrap_ddp(model: nn.Module, device: torch.device, find_unused_parameters: bool) -> nn.Module:
+    """DistributedDataParallel around the model in a group, the model itself otherwise."""
+    if get_world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        find_unused_parameters=find_unused_parameters,
+        gradient_as_bucket_view=True,
+    )
+
+
+def sync_gradients(model: nn.Module, enabled: bool):
+    """Context for forward and backward: without `enabled`, DDP keeps gradients to itself."""
+    if isinstance(model, DistributedDataParallel) and not enabled:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def close() -> None:
+    """Leave the group."""
+    if is_distributed():
+        dist.destroy_process_group()

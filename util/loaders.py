@@ -1,0 +1,125 @@
+"""Batches: the order of an epoch, its share for each process, and the way to the device.
+
+The order of epoch e depends on the seed and e alone, in every way of starting.
+
+Letters: B images, C channels, H height, W width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from util.distributed import get_rank, get_world_size
+from util.images import normalize
+
+
+class TrainBatches(Sampler):
+    """Batches of (epoch, picture number) for one process; every epoch in another order.
+
+    All processes get equally many batches; what is left over by processes and batch size is
+    dropped, and is another handful in every epoch.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank, self.world_size = get_rank(), get_world_size()
+        self.epoch = 0
+        self.first = 0
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the epoch, and the batch of it to begin with."""
+        self.epoch = epoch
+        self.first = first
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.num_images // self.world_size // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_images, generator=generator)[self.rank :: self.world_size]
+        for batch in range(self.first, len(self)):
+            numbers = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            yield [(self.epoch, number) for number in numbers]
+
+
+class EvalBatches(Sampler):
+    """Every picture once, in order; with several parts, each its own share and no picture twice."""
+
+    def __init__(self, num_images: int, batch_size: int, part: int = 0, num_parts: int = 1):
+        self.numbers = range(part, num_images, num_parts)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.numbers) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self.numbers), self.batch_size):
+            yield [(0, number) for number in self.numbers[start : start + self.batch_size]]
+
+
+class DeviceLoader:
+    """Batches (imgs, labels) on the device; uint8 pictures arrive there and are normalised
+    there.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device, mean, std):
+        self.loader = loader
+        self.device = device
+        self.mean, self.std = (
+            torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std)
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the epoch, and the batch of it to begin with."""
+        self.loader.batch_sampler.set_epoch(epoch, first)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for imgs, labels in self.loader:
+            imgs = imgs.to(self.device, non_blocking=True)
+            if imgs.dtype == torch.uint8:
+                imgs = normalize(imgs, self.mean, self.std)
+            yield imgs, labels.to(self.device, non_blocking=True)
+
+
+def build_loader(dataset: Dataset, batches: Sampler, args) -> DeviceLoader:
+    """Loader over the given batches; its processes live as long as the run."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and args.device.type == "cuda",
+        persistent_workers=args.num_workers > 0,
+        prefetch_factor=args.prefetch if args.num_workers > 0 else None,
+        generator=torch.Generator(),  # of its own: the model's random numbers stay the model's
+    )
+    return DeviceLoader(loader, args.device, args.mean, args.std)
+
+
+def build_train_loader(dataset: Dataset, args) -> DeviceLoader:
+    """Loader of shuffled batches.
+
+    Raises:
+        ValueError: there are fewer pictures than one update takes.
+    """
+    batches = TrainBatches(len(dataset), args.batch_size, args.seed)
+    if len(batches) < args.accum_iter:
+        raise ValueError(
+            f"{len(dataset)} training images give {len(batches)} batches per epoch (--batch_size "
+            f"{args.batch_size}, {batches.world_size} processes), fewer than --accum_iter "
+            f"{args.accum_iter}, so the weights would never change; lower one of them."
+        )
+    return build_loader(dataset, batches, args)
+
+
+def build_eval_loader(dataset: Dataset, args, split: bool) -> DeviceLoader:
+    """Loader of every picture once, or with `split` of this process's share."""
+    share = (get_rank(), get_world_size()) if split else (0, 1)
+    return build_loader(dataset, EvalBatches(len(dataset), args.batch_size, *share), args)

@@ -1,0 +1,147 @@
+"""Meters and the progress line.
+
+The forms of the lines are those that users of the MAE family search their logs for; ours only add
+to them.
+"""
+
+import datetime
+import logging
+import resource
+import statistics
+import time
+from collections import deque
+
+import torch
+
+from util.distributed import get_world_size
+
+logger = logging.getLogger(__name__)
+
+LATE_METERS = ("grad_norm",)  # come after the parts of a line that users' searches expect
+
+
+class SmoothedValue:
+    """Recent values of a series and its mean over everything since the start."""
+
+    def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):
+        self.recent = deque(maxlen=window_size)
+        self.total = 0.0
+        self.count = 0
+        self.fmt = fmt
+
+    def update(self, value: float, n: int = 1) -> None:
+        """Add a value that stands for n samples."""
+        self.recent.append(value)
+        self.total += value * n
+        self.count += n
+
+    @property
+    def median(self) -> float:
+        return statistics.median_low(self.recent)
+
+    @property
+    def avg(self) -> float:
+        return sum(self.recent) / len(self.recent)
+
+    @property
+    def global_avg(self) -> float:
+        return self.total / self.count
+
+    @property
+    def value(self) -> float:
+        return self.recent[-1]
+
+    def __str__(self) -> str:
+        if not self.recent:
+            return "-"
+        return self.fmt.format(
+            median=self.median, avg=self.avg, global_avg=self.global_avg, value=self.value
+        )
+
+
+class MetricLogger:
+    """Meters by name, and a loop over batches that prints them."""
+
+    def __init__(self, delimiter: str = "  "):
+        self.meters: dict[str, SmoothedValue] = {}
+        self.delimiter = delimiter
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        """Register a meter with a form of its own."""
+        self.meters[name] = meter
+
+    def update(self, **values: float) -> None:
+        """Add one value to each named meter."""
+        for name, value in values.items():
+            self.meters.setdefault(name, SmoothedValue()).update(float(value))
+
+    def averages(self) -> dict[str, float]:
+        """Mean of every meter that has seen a value."""
+        return {name: meter.global_avg for name, meter in self.meters.items() if meter.count}
+
+    def __str__(self) -> str:
+        return self.join(self.meters)
+
+    def join(self, names) -> str:
+        """The named meters as text."""
+        return self.delimiter.join(f"{name}: {self.meters[name]}" for name in names)
+
+    def log_every(self, batches, print_freq: int, header: str, first: int = 0, before_print=None):
+        """Yield (iteration, batch); print a line every print_freq iterations and after the last.
+
+        Args:
+            batches: sized by the whole epoch; yields what is left of it.
+            first: number of the first iteration that is left.
+            before_print: called before a line is made, to read values that wait on the device.
+        """
+        num_iterations = len(batches)
+        width = len(str(num_iterations))
+        step_time, data_time = SmoothedValue(), SmoothedValue()
+        images = 0
+        start = end = time.perf_counter()
+        for i, batch in enumerate(batches, first):
+            data_time.update(time.perf_counter() - end)
+            yield i, batch
+            images += len(batch[0])
+            is_last = i == num_iterations - 1
+            if i % print_freq == 0 or is_last:
+                if before_print:
+                    before_print()
+            step_time.update(time.perf_counter() - end)
+            if i % print_freq == 0 or is_last:
+                eta = datetime.timedelta(
+                    seconds=int(step_time.global_avg * (num_iterations - 1 - i))
+                )
+                rate = get_world_size() * len(batch[0]) / step_time.avg
+                parts = [
+                    header,
+                    f"[{i:{width}d}/{num_iterations}]",
+                    f"eta: {eta}",
+                    self.join(n for n in self.meters if n not in LATE_METERS),
+                    f"time: {step_time.avg:.4f}",
+                    f"data: {data_time.avg:.4f}",
+                    f"max mem: {peak_memory_mib():.0f}",
+                    f"img/s: {rate:.1f}",
+                    f"wait: {100 * data_time.avg / step_time.avg:.0f}%",
+                ]
+                if "lr" in self.meters:
+                    parts.append(f"rate: {self.meters['lr'].value:.3e}")
+                parts += [self.join([n]) for n in LATE_METERS if n in self.meters]
+                logger.info(self.delimiter.join(parts))
+            end = time.perf_counter()
+        seconds = end - start
+        self.images_per_second = get_world_size() * images / seconds if seconds else 0.0
+        self.data_share = data_time.total / seconds if seconds else 0.0
+        logger.info(
+            "%s Total time: %s (%.4f s / it)",
+            header,
+            datetime.timedelta(seconds=int(seconds)),
+            seconds / max(num_iterations - first, 1),
+        )
+
+
+def peak_memory_mib() -> float:
+    """Peak memory of this process in MiB: of the GPU where one is used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

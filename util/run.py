@@ -1,0 +1,169 @@
+"""What every run does around its epochs: start, report, log, end in one sentence."""
+
+import datetime
+import json
+import logging
+import os
+import random
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from util import distributed
+from util.images import BadImage
+from util.optim import choose_amp_dtype
+from util.train_log import NonFiniteLoss
+
+logger = logging.getLogger(__name__)
+
+
+class ClockFormatter(logging.Formatter):
+    """`[HH:MM:SS.ffffff] message`, the form users of the MAE family know."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = datetime.datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")
+        return f"[{clock}] {record.getMessage()}"
+
+
+def start_logging(rank: int = 0) -> None:
+    """Messages to standard output; of ranks other than 0, warnings only."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(ClockFormatter())
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True
+    )
+
+
+def start_run(args) -> None:
+    """Join the other processes and seed this one."""
+    start_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))))
+    wanted = args.device
+    distributed.init_distributed_mode(args)
+    start_logging(args.rank)
+    if not args.distributed:
+        logger.info("Not using distributed mode")
+    if wanted is None and args.device.type == "cpu":
+        logger.info("No GPU found: running on the CPU")
+    seed = args.seed + args.rank
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    if args.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def set_lr(args, scale: float = 1.0, scale_text: str = "") -> str:
+    """Peak learning rate by the linear rule, unless --lr gives it; returns the formula in words.
+
+    lr = blr x effective batch / 256 x scale (arXiv 1706.02677, with the scale of the CrossMAE
+    code).
+    """
+    if args.lr is not None:
+        return f"lr = {args.lr:.2e} (--lr)"
+    effective = args.batch_size * args.accum_iter * args.world_size
+    args.lr = args.blr * effective / 256 * scale
+    return f"lr = {args.blr:g} × {effective}/256{scale_text} = {args.lr:.2e}"
+
+
+def report_start(args, model, lr_text: str, attention: str, data_text: str) -> None:
+    """The block a researcher checks before going away."""
+    counts = [
+        sum(p.numel() for p in model.parameters() if p.requires_grad or all) for all in (0, 1)
+    ]
+    effective = args.batch_size * args.accum_iter * args.world_size
+    size = args.input_size if isinstance(args.input_size, tuple) else (args.input_size,) * 2
+    amp_dtype = choose_amp_dtype(args.amp, args.device)
+    precision = f"{str(amp_dtype).removeprefix('torch.')} autocast" if amp_dtype else "float32"
+    where = str(args.device)
+    if args.device.type == "cuda":
+        precision += ", TF32 for the rest"
+        where += f" ({torch.cuda.get_device_name(args.device)})"
+    else:
+        where += f" ({torch.get_num_threads()} threads)"
+    lines = {
+        "model": f"{args.model}, {counts[0] / 1e6:.2f} M trainable of {counts[1] / 1e6:.2f} M "
+        f"parameters",
+        "input": f"{args.in_chans} x {size[0]} x {size[1]}, patch {model.patch_embed.patch_size}, "
+        f"{model.patch_embed.num_patches} patches",
+        "effective batch": f"{args.batch_size} × {args.accum_iter} accum × {args.world_size} "
+        f"process{'es' if args.world_size > 1 else ''} = {effective}",
+        "learning rate": lr_text,
+        "precision": precision,
+        "device": where + (f", {args.dist_backend}" if args.dist_backend else ""),
+        "attention": attention,
+        "data": data_text,
+        "output": args.output_dir or "(nothing is written)",
+    }
+    for name, text in lines.items():
+        logger.info("%-16s %s", name, text)
+    logger.info("base lr: %.2e", args.lr * 256 / effective)
+    logger.info("actual lr: %.2e", args.lr)
+    logger.info("accumulate grad iterations: %d", args.accum_iter)
+    logger.info("effective batch size: %d", effective)
+    if args.epochs <= args.warmup_epochs:
+        logger.warning(
+            "--warmup_epochs %d is not shorter than --epochs %d: the rate never reaches its peak",
+            *(args.warmup_epochs, args.epochs),
+        )
+
+
+def make_writer(args) -> SummaryWriter | None:
+    """TensorBoard writer of rank 0; None elsewhere or without a log folder."""
+    if args.rank or not args.log_dir:
+        return None
+    return SummaryWriter(args.log_dir, purge_step=args.start_epoch * 1000 or None)
+
+
+def log_epoch(args, writer, stats: dict) -> None:
+    """Append one JSON line to log.txt, on rank 0."""
+    if writer is not None:
+        writer.flush()
+    if args.rank == 0 and args.output_dir:
+        with open(Path(args.output_dir, "log.txt"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(stats) + "\n")
+
+
+class Stopwatch:
+    """Says how long training took."""
+
+    def __init__(self):
+        self.start = time.time()
+
+    def report(self) -> None:
+        seconds = int(time.time() - self.start)
+        logger.info("Training time %s", datetime.timedelta(seconds=seconds))
+
+
+def run(main, args) -> None:
+    """main(args); what a user can cause ends in one sentence and exit status 1.
+
+    Set CROSSMAE_TRACEBACK=1 to see where it came from.
+    """
+    start_logging()
+    try:
+        main(args)
+    except (ValueError, OSError, BadImage, NonFiniteLoss) as error:
+        if os.environ.get("CROSSMAE_TRACEBACK") or not is_meant_for_users(error):
+            raise
+        # The error of a loader process brings its traceback along; the sentence is the last line.
+        sentence = str(error).strip().splitlines()[-1].split(f"{type(error).__qualname__}: ")[-1]
+        logger.error("Error: %s", sentence)
+        sys.exit(1)
+    finally:
+        distributed.close()
+
+
+def is_meant_for_users(error: Exception) -> bool:
+    """Whether the message is a sentence of ours: a ValueError of a library is a bug, and shows its
+    trace.
+    """
+    if not isinstance(error, ValueError):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parents[1]) and ".venv" not in raised_in
