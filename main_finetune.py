@@ -5,6 +5,7 @@ torchrun --nproc_per_node=4 main_finetune.py --finetune output/pretrain/checkpoi
 
 import argparse
 import logging
+from pathlib import Path
 
 import torch
 from timm.data import Mixup
@@ -19,6 +20,7 @@ from util.checkpoint import load_encoder, load_model, read_checkpoint, weights_o
 from util.cli import check_shared, prepare_output, shared_parser
 from util.datasets import build_dataset
 from util.distributed import wrap_ddp
+from util.images import find_classes
 from util.loaders import build_eval_loader, build_train_loader
 from util.lr_decay import param_groups_lrd
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
@@ -32,7 +34,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "main_finetune.py", description=__doc__, parents=[shared_parser()]
     )
-    parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, save_every=1, keep_every=0)
+    parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, keep_every=0)
 
     model = parser.add_argument_group("classifier")
     model.add_argument("--model", default="vit_large_patch16", help="name in models_vit.py")
@@ -162,27 +164,29 @@ def check_args(args) -> None:
             )
 
 
-def check_classes(args, *datasets) -> None:
-    """Set --nb_classes from the data, and compare the data sets.
+def check_classes(args) -> None:
+    """Compare the class folders with each other and with --nb_classes, which is set from them.
+
+    Looks at folder names only, so it takes no longer for a million images.
 
     Raises:
         ValueError: training and validation classes differ, or --nb_classes is not their number.
     """
-    classes = datasets[0].classes
-    for other in datasets[1:]:
-        if other.classes != classes:
-            odd = sorted(set(classes) ^ set(other.classes))[:3]
+    splits = ["val"] if args.eval else ["train", "val"]
+    classes, *others = (find_classes(Path(args.data_path, split)) for split in splits)
+    for other in others:
+        odd = sorted(set(classes) ^ set(other))
+        if odd:
             raise ValueError(
                 f"train/ and val/ of {args.data_path} have different class folders (such as "
-                f"{', '.join(odd)}); both need the same."
+                f"{', '.join(odd[:3])}); both need the same."
             )
     if args.nb_classes is None:
         args.nb_classes = len(classes)
     elif args.nb_classes != len(classes):
         raise ValueError(
             f"--nb_classes is {args.nb_classes} but {args.data_path} has {len(classes)} class "
-            f"folders; "
-            "correct the flag or leave it out."
+            "folders; correct the flag or leave it out."
         )
 
 
@@ -190,78 +194,82 @@ def main(args) -> None:
     """One fine-tuning run, or one evaluation."""
     check_args(args)
     run.start_run(args)
+    check_classes(args)
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attend = get_attend(args.enable_flash_attention2, args.device, amp_dtype)
-    val_set = build_dataset(False, args)
-    if args.eval:
-        check_classes(args, val_set)
-        model = build_classifier(args, attend)
-        load_model(args, model)
-        model.to(args.device)
-        val_loader = build_eval_loader(val_set, args, args.dist_eval)
-        stats = evaluate(val_loader, model, args.device, args.amp)
-        report_accuracy(len(val_set), stats)
-        return
-
-    train_set = build_dataset(True, args)
-    check_classes(args, train_set, val_set)
     model = build_classifier(args, attend)
-    if args.output_dir:
-        prepare_output(args)
-    if args.finetune and not args.resume:
+    if args.eval:
+        evaluate_checkpoint(args, model)
+        return
+    if args.finetune and args.resume in ("", "auto"):
         start_from_pretrained(model, args.finetune)
-    train_loader = build_train_loader(train_set, args)
-    val_loader = build_eval_loader(val_set, args, args.dist_eval)
+    prepare_output(args)
     lr_text = run.set_lr(args)
-
     model.to(args.device)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
     optimizer = build_adamw(groups, args.lr, betas=(0.9, 0.999))
     loss_scaler = NativeScalerWithGradNormCount(amp_dtype, args.device.type)
-    criterion, mixup_fn = build_criterion(args)
-    state = RunState(args, model, optimizer, loss_scaler, train_set.classes)
+    state = RunState(args, model, optimizer, loss_scaler)
     if args.resume:
         state.resume()
+
+    train_set, val_set = build_dataset(True, args), build_dataset(False, args)
+    train_loader = build_train_loader(train_set, args)
+    val_loader = build_eval_loader(val_set, args, args.dist_eval)
+    state.class_names = train_set.classes
+    criterion, mixup_fn = build_criterion(args)
     data_text = (
         f"{len(train_set)} training and {len(val_set)} validation images of {args.nb_classes} "
-        f"classes "
-        f"in {args.data_path}, {len(train_loader)} batches per epoch"
+        f"classes in {args.data_path}, {len(train_loader)} batches per epoch"
     )
     run.report_start(args, model, lr_text, attend.name, data_text)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("number of params (M): %.2f", num_trainable / 1e6)
     ddp_model = wrap_ddp(model, args.device, find_unused_parameters=False)
 
-    writer = run.make_writer(args)
-    watch = run.Stopwatch()
-    logger.info("Start training for %d epochs", args.epochs)
-    for epoch in range(state.epoch, args.epochs):
-        train_loader.set_epoch(epoch, state.iteration)
-        train_stats = train_one_epoch(
-            ddp_model,
-            criterion,
-            train_loader,
-            optimizer,
-            args.device,
-            epoch,
-            loss_scaler,
-            args.clip_grad,
-            mixup_fn,
-            writer,
-            args,
-            state,
+    with run.recording(args, state, len(train_loader)) as writer:
+        for epoch in range(state.epoch, args.epochs):
+            train_loader.set_epoch(epoch, state.iteration)
+            train_stats = train_one_epoch(
+                ddp_model,
+                criterion,
+                train_loader,
+                optimizer,
+                args.device,
+                epoch,
+                loss_scaler,
+                args.clip_grad,
+                mixup_fn,
+                writer,
+                args,
+                state,
+            )
+            test_stats = evaluate(val_loader, model, args.device, args.amp)
+            report_accuracy(len(val_set), test_stats)
+            if writer is not None:
+                for name in ("acc1", "acc5", "loss"):
+                    writer.add_scalar(f"perf/test_{name}", test_stats[name], epoch)
+            stats = {f"train_{k}": v for k, v in train_stats.items()}
+            stats |= {f"test_{k}": v for k, v in test_stats.items()}
+            run.log_epoch(args, stats | {"epoch": epoch, "n_parameters": num_trainable})
+            state.end_epoch(test_stats["acc1"])
+            logger.info("Max accuracy: %.2f%%", state.best)
+
+
+def evaluate_checkpoint(args, model) -> None:
+    """--eval: accuracy of the --resume checkpoint on DATA/val."""
+    checkpoint = load_model(args, model)
+    model.to(args.device)
+    val_set = build_dataset(False, args)
+    trained_on = checkpoint.get("class_names") or val_set.classes
+    if trained_on != val_set.classes:
+        odd = sorted(set(trained_on) ^ set(val_set.classes))
+        raise ValueError(
+            f"{args.resume} was trained on other classes than {args.data_path}/val has (such as "
+            f"{', '.join(odd[:3])}); evaluate on the data set it belongs to."
         )
-        test_stats = evaluate(val_loader, model, args.device, args.amp)
-        report_accuracy(len(val_set), test_stats)
-        state.end_epoch(epoch, test_stats["acc1"])
-        logger.info("Max accuracy: %.2f%%", state.best)
-        if writer is not None:
-            for name in ("acc1", "acc5", "loss"):
-                writer.add_scalar(f"perf/test_{name}", test_stats[name], epoch)
-        stats = {f"train_{k}": v for k, v in train_stats.items()}
-        stats |= {f"test_{k}": v for k, v in test_stats.items()}
-        run.log_epoch(args, writer, stats | {"epoch": epoch, "n_parameters": num_trainable})
-    watch.report()
+    stats = evaluate(build_eval_loader(val_set, args, args.dist_eval), model, args.device, args.amp)
+    report_accuracy(len(val_set), stats)
 
 
 def start_from_pretrained(model, source: str) -> None:

@@ -10,6 +10,7 @@ from engine_pretrain import train_one_epoch
 from util import run
 from util.attention import get_attend
 from util.build import build_pretrain_model
+from util.checkpoint import load_matching
 from util.cli import check_shared, prepare_output, shared_parser
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
@@ -26,7 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "main_pretrain.py", description=__doc__, parents=[shared_parser()]
     )
-    parser.set_defaults(epochs=400, min_lr=0.0, warmup_epochs=40)
+    parser.set_defaults(epochs=400, min_lr=0.0, warmup_epochs=40, keep_every=200)
 
     model = parser.add_argument_group("pre-training model")
     model.add_argument(
@@ -73,6 +74,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     masking.add_argument(
         "--norm_pix_loss", action="store_true", help="predict pixels normalised within each patch"
     )
+    model.add_argument(
+        "--init_from",
+        default="",
+        help="start from these weights (file, https or hf:// address), with a fresh optimizer",
+    )
 
     optim = parser.add_argument_group("pre-training rate")
     optim.add_argument(
@@ -93,17 +99,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         ),
     )
 
-    saving = parser.add_argument_group("saving")
-    saving.add_argument(
-        "--save_every", type=int, default=1, help="epochs between checkpoint.pth (default: 1)"
-    )
-    saving.add_argument(
-        "--keep_every",
-        type=int,
-        default=200,
-        help="epochs between checkpoint-EPOCH.pth files that stay; 0: none (default: 200)",
-    )
-
     launch = parser.add_argument_group("pre-training, distributed")
     launch.add_argument(
         "--find_unused_parameters",
@@ -120,6 +115,10 @@ def check_args(args) -> None:
         ValueError: with the flag and the remedy.
     """
     check_shared(args)
+    if args.init_from and args.resume not in ("", "auto"):
+        raise ValueError(
+            "--init_from starts a run and --resume goes on with one: give one of them."
+        )
     if args.decoder_depth < 1:
         raise ValueError(f"--decoder_depth is {args.decoder_depth}; it must be at least 1.")
     if not args.cross_mae:
@@ -151,38 +150,34 @@ def main(args) -> None:
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attend = get_attend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_pretrain_model(args, attend)
-    if args.output_dir:
-        prepare_output(args)
-    dataset = build_pretrain_dataset(args)
-    loader = build_train_loader(dataset, args)
+    if args.init_from:
+        load_matching(model, args.init_from)
+    prepare_output(args)
     lr_text = run.set_lr(args, *lr_scale(args))
-
     model.to(args.device)
-    optimizer = build_adamw(
-        param_groups_weight_decay(model, args.weight_decay), args.lr, betas=(0.9, 0.95)
-    )
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    optimizer = build_adamw(groups, args.lr, betas=(0.9, 0.95))
     loss_scaler = NativeScalerWithGradNormCount(amp_dtype, args.device.type)
-    state = RunState(args, model, optimizer, loss_scaler, dataset.classes)
+    state = RunState(args, model, optimizer, loss_scaler)
     if args.resume:
         state.resume()
-    data_text = (
-        f"{len(dataset)} training images in {args.data_path}, {len(loader)} batches per epoch"
-    )
+
+    dataset = build_pretrain_dataset(args)
+    loader = build_train_loader(dataset, args)
+    state.class_names = dataset.classes
+    data_text = f"{len(dataset)} images in {args.data_path}, {len(loader)} batches per epoch"
     run.report_start(args, model, lr_text, attend.name, data_text)
     unused = args.find_unused_parameters or getattr(model, "has_unused_blocks", False)
     ddp_model = wrap_ddp(model, args.device, unused)
 
-    writer = run.make_writer(args)
-    watch = run.Stopwatch()
-    logger.info("Start training for %d epochs", args.epochs)
-    for epoch in range(state.epoch, args.epochs):
-        loader.set_epoch(epoch, state.iteration)
-        stats = train_one_epoch(
-            ddp_model, loader, optimizer, args.device, epoch, loss_scaler, writer, args, state
-        )
-        run.log_epoch(args, writer, {**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch})
-        state.end_epoch(epoch)
-    watch.report()
+    with run.recording(args, state, len(loader)) as writer:
+        for epoch in range(state.epoch, args.epochs):
+            loader.set_epoch(epoch, state.iteration)
+            stats = train_one_epoch(
+                ddp_model, loader, optimizer, args.device, epoch, loss_scaler, writer, args, state
+            )
+            run.log_epoch(args, {f"train_{k}": v for k, v in stats.items()} | {"epoch": epoch})
+            state.end_epoch()
 
 
 if __name__ == "__main__":

@@ -214,6 +214,25 @@ def check_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], skip=()) -
             )
 
 
+def load_matching(model: nn.Module, source: str) -> None:
+    """Start a pre-training model from weights: its whole encoder, and its decoder if that fits.
+
+    Raises:
+        CheckpointError: the encoder is not the one of this model.
+    """
+    weights, own = weights_of(read_checkpoint(source), source), model.state_dict()
+    check_encoder(own, weights)
+    fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    fresh = [name for name in own if name not in fitting]
+    if fresh:  # a decoder in parts is no decoder
+        fitting = {k: v for k, v in fitting.items() if k.startswith(ENCODER_PARTS)}
+    model.load_state_dict(fitting, strict=False)
+    logger.info(
+        "Weights from %s: matched %d of %d tensors%s",
+        *(source, len(fitting), len(own), "; decoder: fresh" if fresh else ""),
+    )
+
+
 def load_strict(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Load every tensor.
 
@@ -247,13 +266,13 @@ def load_strict(model: nn.Module, weights: dict[str, Tensor], source: str) -> No
     )
 
 
-def write_checkpoint(checkpoint: dict, path: Path, link: Path | None = None) -> None:
+def write_checkpoint(checkpoint: dict, path: Path, links: list[Path] = ()) -> None:
     """Write a file that is either complete or not there, and never harms the one before.
 
     Written beside its place, flushed to the disk, then renamed.
 
     Args:
-        link: second name of the same file.
+        links: further names of the same file; set before its own, so that none is ever newer.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; says where, with the room left.
@@ -264,7 +283,7 @@ def write_checkpoint(checkpoint: dict, path: Path, link: Path | None = None) -> 
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        if link is not None:
+        for link in links:
             second = link.with_name(f"{link.name}.tmp.{os.getpid()}")
             second.unlink(missing_ok=True)
             os.link(waiting, second)
@@ -304,7 +323,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def save_model(
-    args, epoch: int, model, optimizer, loss_scaler, extra=None, name="checkpoint.pth", link=None
+    args, epoch: int, model, optimizer, loss_scaler, extra=None, name="checkpoint.pth", links=()
 ):
     """Write OUTPUT_DIR/name with model, optimizer, scaler and arguments.
 
@@ -312,7 +331,7 @@ def save_model(
         epoch: last finished epoch; -1 before the first is done.
         model: without DDP around it.
         extra: more entries, plain values and tensors.
-        link: second file name for the same content.
+        links: further file names for the same content.
     """
     checkpoint = {
         "model": {strip_prefixes(k): v for k, v in model.state_dict().items()},
@@ -325,7 +344,7 @@ def save_model(
         **(extra or {}),
     }
     folder = Path(args.output_dir)
-    write_checkpoint(checkpoint, folder / name, folder / link if link else None)
+    write_checkpoint(checkpoint, folder / name, [folder / link for link in links])
 
 
 def load_model(args, model_without_ddp, optimizer=None, loss_scaler=None) -> dict:

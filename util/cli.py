@@ -10,6 +10,11 @@ from pathlib import Path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+AT_LEAST_ONE = "batch_size accum_iter epochs in_chans prefetch save_every dist_timeout".split()
+NOT_NEGATIVE = (
+    "num_workers start_epoch skip_nonfinite save_every_minutes keep_every keep_last "
+    "weight_decay warmup_epochs min_lr".split()
+)
 
 
 def shared_parser() -> argparse.ArgumentParser:
@@ -133,7 +138,30 @@ def shared_parser() -> argparse.ArgumentParser:
     run.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     run.add_argument("--seed", type=int, default=0, help="rank is added to it (default: 0)")
     run.add_argument(
-        "--resume", default="", help="checkpoint to go on from: a file or an https URL"
+        "--resume",
+        default="",
+        help="checkpoint to go on from: a file, an https or hf:// address, or `auto` for the newest "
+        "complete one in the output folder",
+    )
+    run.add_argument(
+        "--save_every", type=int, default=1, help="epochs between checkpoint.pth (default: 1)"
+    )
+    run.add_argument(
+        "--save_every_minutes",
+        type=float,
+        default=0,
+        help="also save inside an epoch, this often (default: 0, only at its end)",
+    )
+    run.add_argument(
+        "--keep_every",
+        type=int,
+        help="epochs between checkpoint-EPOCH.pth files that stay; 0: none (default: %(default)s)",
+    )
+    run.add_argument(
+        "--keep_last",
+        type=int,
+        default=0,
+        help="how many checkpoint-EPOCH.pth files stay; 0: all (default: 0)",
     )
     run.add_argument(
         "--start_epoch", type=int, default=0, help="number of the first epoch (default: 0)"
@@ -181,12 +209,29 @@ def check_shared(args: argparse.Namespace) -> None:
     Raises:
         ValueError: with the flag, its value and the remedy.
     """
-    for name in ("batch_size", "accum_iter", "epochs", "in_chans", "prefetch", "dist_timeout"):
+    for name in (
+        "batch_size",
+        "accum_iter",
+        "epochs",
+        "in_chans",
+        "prefetch",
+        "save_every",
+        "dist_timeout",
+    ):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
-    for name in ("num_workers", "start_epoch", "skip_nonfinite"):
+    for name in (
+        "num_workers",
+        "start_epoch",
+        "skip_nonfinite",
+        "save_every_minutes",
+        "keep_every",
+        "keep_last",
+    ):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative.")
+    if args.resume == "auto" and not args.output_dir:
+        raise ValueError("--resume auto looks in the output folder: give --output_dir.")
     fill_channels(args)
 
 
@@ -219,7 +264,7 @@ def spread(values, in_chans: int, flag: str) -> list[float]:
 
 
 def prepare_output(args: argparse.Namespace) -> None:
-    """Make the output folder; log_dir follows it.
+    """Make the output folder, if there is to be one; log_dir follows it.
 
     Raises:
         ValueError: the folder cannot be made or written to.

@@ -129,6 +129,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
+    """Largest of each value over the processes; the values themselves for one process."""
+    if get_world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
 def wrap_ddp(model: nn.Module, device: torch.device, find_unused_parameters: bool) -> nn.Module:
     """DistributedDataParallel around the model in a group, the model itself otherwise."""
     if get_world_size() == 1:

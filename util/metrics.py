@@ -75,6 +75,11 @@ class MetricLogger:
         for name, value in values.items():
             self.meters.setdefault(name, SmoothedValue()).update(float(value))
 
+    def restore(self, name: str, total: float, count: int) -> None:
+        """Let a meter begin with what an interrupted epoch had summed up."""
+        meter = self.meters.setdefault(name, SmoothedValue())
+        meter.total, meter.count = total, count
+
     def averages(self) -> dict[str, float]:
         """Mean of every meter that has seen a value."""
         return {name: meter.global_avg for name, meter in self.meters.items() if meter.count}

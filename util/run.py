@@ -1,5 +1,6 @@
 """What every run does around its epochs: start, report, log, end in one sentence."""
 
+import contextlib
 import datetime
 import json
 import logging
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from util import distributed
+from util import distributed, signals
 from util.images import BadImage
 from util.optim import choose_amp_dtype
+from util.state import tidy_output
 from util.train_log import NonFiniteLoss
 
 logger = logging.getLogger(__name__)
@@ -39,9 +41,13 @@ def start_logging(rank: int = 0) -> None:
     )
 
 
+def read_rank() -> int:
+    """Rank by the environment, before the processes know each other."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
 def start_run(args) -> None:
     """Join the other processes and seed this one."""
-    start_logging(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))))
     wanted = args.device
     distributed.init_distributed_mode(args)
     start_logging(args.rank)
@@ -113,31 +119,40 @@ def report_start(args, model, lr_text: str, attention: str, data_text: str) -> N
         )
 
 
-def make_writer(args) -> SummaryWriter | None:
-    """TensorBoard writer of rank 0; None elsewhere or without a log folder."""
+def make_writer(args, step: int) -> SummaryWriter | None:
+    """TensorBoard writer of rank 0; None elsewhere or without a log folder.
+
+    Args:
+        step: first of this run; what an interrupted run wrote from there on is taken back.
+    """
     if args.rank or not args.log_dir:
         return None
-    return SummaryWriter(args.log_dir, purge_step=args.start_epoch * 1000 or None)
+    return SummaryWriter(args.log_dir, purge_step=step or None)
 
 
-def log_epoch(args, writer, stats: dict) -> None:
+def log_epoch(args, stats: dict) -> None:
     """Append one JSON line to log.txt, on rank 0."""
-    if writer is not None:
-        writer.flush()
     if args.rank == 0 and args.output_dir:
         with open(Path(args.output_dir, "log.txt"), "a", encoding="utf-8") as file:
             file.write(json.dumps(stats) + "\n")
 
 
-class Stopwatch:
-    """Says how long training took."""
-
-    def __init__(self):
-        self.start = time.time()
-
-    def report(self) -> None:
-        seconds = int(time.time() - self.start)
-        logger.info("Training time %s", datetime.timedelta(seconds=seconds))
+@contextlib.contextmanager
+def recording(args, state, num_iterations: int):
+    """TensorBoard writer (or None) for the time of training; says when it starts and how long it
+    took.
+    """
+    if args.rank == 0 and args.output_dir:
+        tidy_output(args, state.epoch)
+    writer = make_writer(args, int((state.epoch + state.iteration / num_iterations) * 1000))
+    logger.info("Start training for %d epochs", args.epochs)
+    start = time.time()
+    try:
+        yield writer
+    finally:
+        if writer is not None:
+            writer.close()
+    logger.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
 
 
 def run(main, args) -> None:
@@ -145,7 +160,8 @@ def run(main, args) -> None:
 
     Set CROSSMAE_TRACEBACK=1 to see where it came from.
     """
-    start_logging()
+    start_logging(read_rank())
+    signals.watch()
     try:
         main(args)
     except (ValueError, OSError, BadImage, NonFiniteLoss) as error:
@@ -156,6 +172,7 @@ def run(main, args) -> None:
         logger.error("Error: %s", sentence)
         sys.exit(1)
     finally:
+        signals.end_workers()
         distributed.close()
 
 

@@ -1,109 +1,235 @@
-"""Where a run is: everything besides the weights that decides its next step, saved and restored."""
+"""Where a run is: all that decides its next step besides the weights, saved and restored.
 
+A run that is killed and goes on with --resume auto takes the same steps as one that never stopped:
+bit for bit on a CPU, up to the order of the GPU's own sums on a GPU.
+"""
+
+import json
 import logging
 import random
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from util.checkpoint import load_model, save_model
-from util.distributed import get_rank, get_world_size, is_distributed, is_main_process
+from util import signals
+from util.checkpoint import (
+    CheckpointError,
+    load_model,
+    read_checkpoint,
+    remove_leftovers,
+    save_model,
+)
+from util.distributed import all_reduce_max, get_rank, get_world_size, is_main_process
 
 logger = logging.getLogger(__name__)
+
+CHECK_EVERY = (
+    20  # updates between two looks at signals and clock on a GPU, where looking costs a wait
+)
+LAYOUT = ("world_size", "batch_size", "accum_iter", "seed")  # what the order of images depends on
 
 
 class RunState:
     """Position, best result and random numbers of a run, and when they are written to disk."""
 
-    def __init__(self, args, model_without_ddp, optimizer, loss_scaler, class_names=()):
+    def __init__(self, args, model_without_ddp, optimizer, loss_scaler):
         self.args = args
         self.model = model_without_ddp
         self.optimizer = optimizer
         self.loss_scaler = loss_scaler
-        self.class_names = list(class_names)
+        self.class_names: list[str] = []
         self.epoch = args.start_epoch
         self.iteration = 0  # next one inside the epoch
         self.meters: dict[str, list[float]] = {}  # of the epoch so far: [total, count]
-        self.best = None  # best acc1 so far
+        self.best: float | None = None  # best acc1 so far
+        self.last_save = time.monotonic()
 
     def resume(self) -> None:
-        """Load args.resume and take its place; later epochs then equal those of a run never
-        stopped.
+        """Take up the run in args.resume; `auto` is the newest complete one in the output folder.
+
+        Raises:
+            CheckpointError: the file cannot be read or fits another model.
         """
+        if self.args.resume == "auto":
+            self.args.resume = find_newest(Path(self.args.output_dir))
+            if not self.args.resume:
+                logger.info("No checkpoint in %s yet: starting fresh", self.args.output_dir)
+                return
         checkpoint = load_model(self.args, self.model, self.optimizer, self.loss_scaler)
         self.epoch = self.args.start_epoch
         state = checkpoint.get("state")
         if state is None:
-            logger.info("The file holds no random states: the run goes on with fresh ones.")
+            logger.info("The file holds no position and random states; its next epoch starts fresh")
             return
         self.best = state["best"]
-        self.iteration, self.meters = state["iteration"], state["meters"]
-        if len(state["random"]) == get_world_size():
+        changed = [
+            f"{name} {state[name]} -> {getattr(self.args, name)}"
+            for name in LAYOUT
+            if state[name] != getattr(self.args, name)
+        ]
+        if not changed:
+            self.iteration, self.meters = state["iteration"], state["meters"]
             set_random_state(state["random"][get_rank()])
+            where = f", iteration {self.iteration}" if self.iteration else ""
+            logger.info("Going on at epoch %d%s, exactly where it stopped", self.epoch, where)
+        elif state["iteration"]:
+            logger.warning(
+                "%s: epoch %d, which was begun, starts over in another order of images",
+                *(", ".join(changed), self.epoch),
+            )
+        else:
+            logger.warning("%s: the order of images changes from here on", ", ".join(changed))
 
     def load_meters(self, metrics) -> int:
         """Give the meters what the epoch had so far; returns how many steps were skipped in it."""
         for name, (total, count) in self.meters.items():
-            if name in metrics.meters and count:
-                metrics.meters[name].total, metrics.meters[name].count = total, count
-        return int(self.meters.get("skipped", [0])[0])
+            if name != "skipped":
+                metrics.restore(name, total, count)
+        return int(self.meters.get("skipped", [0, 0])[0])
 
     def after_update(self, iteration: int, log) -> None:
-        """Called after each update of the weights, `iteration` being the next one."""
-
-    def end_epoch(self, epoch: int, acc1: float | None = None) -> None:
-        """Write what is due at the end of an epoch.
+        """Save in mid-epoch where it is due; stop where it was asked for.
 
         Args:
-            acc1: accuracy of fine-tuning after this epoch; a best one is kept in a file of its own.
+            iteration: the next one of this epoch.
+            log: the epoch's TrainLog.
+
+        Raises:
+            Interrupted: on every process, after saving, when any of them got a stop signal.
         """
-        self.epoch, self.iteration, self.meters = epoch + 1, 0, {}
         args = self.args
+        if args.device.type == "cuda" and iteration // args.accum_iter % CHECK_EVERY:
+            return
+        minutes = (time.monotonic() - self.last_save) / 60
+        is_due = is_main_process() and 0 < args.save_every_minutes <= minutes
+        is_due, is_stopping = all_reduce_max([is_due, signals.is_stop_asked()], args.device)
+        if not (is_due or is_stopping):
+            return
+        log.read()  # nothing is saved whose loss nobody has looked at
+        self.iteration = iteration
+        self.meters = {name: [m.total, m.count] for name, m in log.metrics.meters.items()}
+        self.meters["skipped"] = [log.skipped, 1]
+        if args.output_dir:
+            self.save()
+            logger.info("Saved at epoch %d, iteration %d", self.epoch, iteration)
+        if is_stopping:
+            logger.info("Stopped by a signal; --resume auto goes on from here")
+            raise signals.Interrupted
+
+    def end_epoch(self, acc1: float | None = None) -> None:
+        """Move on to the next epoch, and write what is due.
+
+        Args:
+            acc1: accuracy of fine-tuning after this epoch; the best one is kept in a file of its
+                own.
+        """
+        args, epoch = self.args, self.epoch
+        self.epoch, self.iteration, self.meters = epoch + 1, 0, {}
         is_best = acc1 is not None and (self.best is None or acc1 >= self.best)
         if is_best:
             self.best = acc1
-        if not args.output_dir:
-            return
-        is_last = epoch + 1 == args.epochs
-        keeps = args.keep_every > 0 and acc1 is None and epoch % args.keep_every == 0
-        if keeps or is_best or is_last or epoch % args.save_every == 0:
-            link = (
-                f"checkpoint-{epoch}.pth" if keeps else "checkpoint-best.pth" if is_best else None
-            )
-            self.save(link)
+        keeps = args.keep_every > 0 and epoch % args.keep_every == 0
+        is_last = self.epoch == args.epochs
+        if args.output_dir and (keeps or is_best or is_last or epoch % args.save_every == 0):
+            links = [f"checkpoint-{epoch}.pth"] * keeps + ["checkpoint-best.pth"] * is_best
+            self.save(links)
+            if keeps and is_main_process():
+                remove_old(Path(args.output_dir), args.keep_last)
+        (is_stopping,) = all_reduce_max([signals.is_stop_asked()], args.device)
+        if is_stopping and not is_last:
+            logger.info("Stopped by a signal; --resume auto goes on from here")
+            raise signals.Interrupted
 
-    def save(self, link: str | None = None) -> None:
-        """Write checkpoint.pth on rank 0, with the random states of all ranks."""
-        states = [get_random_state()]
-        if is_distributed():
+    def save(self, links: list[str] = ()) -> None:
+        """Write checkpoint.pth on rank 0, with the random states of all ranks.
+
+        Args:
+            links: further names for the same file.
+
+        Raises:
+            OSError: on every rank, if rank 0 could not write.
+        """
+        own = get_random_state(self.args.device)
+        states = [own]
+        if get_world_size() > 1:
             states = [None] * get_world_size()
-            dist.all_gather_object(states, get_random_state())
-        if not is_main_process():
-            return
-        extra = {
-            "state": {
-                "iteration": self.iteration,
-                "meters": self.meters,
-                "best": self.best,
-                "random": states,
-            },
-            "class_names": self.class_names,
-            "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
-        }
-        save_model(
-            self.args,
-            self.epoch - 1,
-            self.model,
-            self.optimizer,
-            self.loss_scaler,
-            extra,
-            link=link,
+            dist.all_gather_object(states, own)
+        problem = None
+        if is_main_process():
+            position = {name: getattr(self.args, name) for name in LAYOUT}
+            position |= {"iteration": self.iteration, "meters": self.meters, "best": self.best}
+            extra = {
+                "state": {**position, "random": states},
+                "class_names": self.class_names,
+                "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
+            }
+            try:
+                save_model(
+                    self.args,
+                    self.epoch - 1,
+                    self.model,
+                    self.optimizer,
+                    self.loss_scaler,
+                    extra,
+                    links=links,
+                )
+            except OSError as error:
+                problem = error
+        (failed,) = all_reduce_max([problem is not None], self.args.device)
+        if failed:
+            raise problem or OSError("Rank 0 could not write the checkpoint; see its message.")
+        self.last_save = time.monotonic()
+
+
+def find_newest(folder: Path) -> str:
+    """The newest complete checkpoint of a folder; '' where there is none. Damaged ones are
+    named.
+    """
+    files = [p for p in folder.glob("checkpoint*.pth") if p.is_file()]
+    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("Passed over: %s", error)
+            continue
+        return str(path)
+    return ""
+
+
+def remove_old(folder: Path, keep_last: int) -> None:
+    """Delete all but the last `keep_last` of checkpoint-EPOCH.pth; 0 keeps all."""
+    numbered = [p for p in folder.glob("checkpoint-*.pth") if p.stem.split("-")[1].isdecimal()]
+    numbered.sort(key=lambda p: int(p.stem.split("-")[1]))
+    for path in numbered[:-keep_last] if keep_last else []:
+        path.unlink(missing_ok=True)
+
+
+def tidy_output(args, first_epoch: int) -> None:
+    """Clear the output folder of what an interrupted run left: half-written files, lines of log.txt
+    about epochs that will be run again. Warns where a fresh start is about to replace a run.
+    """
+    folder = Path(args.output_dir)
+    remove_leftovers(folder)
+    if not args.resume and (folder / "checkpoint.pth").exists():
+        logger.warning(
+            "%s holds a run already; this one replaces its checkpoint.pth (--resume auto goes on)",
+            folder,
         )
+    log = folder / "log.txt"
+    if args.resume and log.exists():
+        lines = log.read_text(encoding="utf-8").splitlines()
+        kept = [
+            line for line in lines if line.endswith("}") and json.loads(line)["epoch"] < first_epoch
+        ]
+        if kept != lines:
+            log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def get_random_state() -> dict:
-    """States of python's, numpy's and torch's generators as tensors and plain values."""
+def get_random_state(device: torch.device) -> dict:
+    """States of python's, numpy's and torch's generators, as tensors and plain values."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -111,8 +237,8 @@ def get_random_state() -> dict:
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
