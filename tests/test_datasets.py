@@ -1,0 +1,175 @@
+"""Transforms against stored pictures and timm's chain, and the folders they read."""
+
+import random
+from argparse import Namespace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from parity_data import FOLDER, find_case, read_json
+from PIL import Image
+from timm.data import create_transform
+from torchvision import transforms
+
+from util.datasets import (
+    FastPretrainTransform,
+    build_dataset,
+    build_pretrain_dataset,
+    build_pretrain_transform,
+    build_transform,
+)
+from util.images import normalize
+
+CASE = find_case("augment", "augment")
+BOUNDS = read_json("augment")["tolerance"]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def settings(**changes) -> Namespace:
+    """The fine-tuning recipe at 32 pixels."""
+    recipe = dict(color_jitter=None, aa="rand-m9-mstd0.5-inc1", reprob=0.25, remode="pixel")
+    pictures = dict(input_size=32, in_chans=3, mean=MEAN, std=STD, loader="pillow", seed=0)
+    return Namespace(**(recipe | pictures | dict(recount=1) | changes))
+
+
+def stored(name: str) -> torch.Tensor:
+    """A picture (H, W, C) or the output of a transform."""
+    return torch.from_numpy(np.load(FOLDER / CASE["file"])[name])
+
+
+def stored_image(name: str) -> Image.Image:
+    return Image.fromarray(stored(name).numpy())
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.mark.parametrize("picture", CASE["eval"], ids=lambda p: str(p["input_size"]))
+def test_evaluation_transform(picture):
+    """Short side to size / 0.875 up to 224 pixels, to size above; centre crop; normalised."""
+    image = stored_image(f"image_{picture['index']}")
+    out = build_transform(False, settings(input_size=picture["input_size"]))(image)
+    assert out.dtype == torch.float32 and list(out.shape) == picture["out_shape"]
+    every = picture["stored_every"]
+    difference = (out[:, ::every, ::every] - stored(f"eval_{picture['index']}")).abs()
+    assert difference.max() <= BOUNDS["eval_abs"]
+    assert difference.mean() <= BOUNDS["eval_mean_abs"]
+    assert out.mean().item() == pytest.approx(picture["out_mean"], abs=BOUNDS["eval_mean_abs"])
+    assert out.std().item() == pytest.approx(picture["out_std"], abs=BOUNDS["eval_mean_abs"])
+
+
+def test_pretraining_transform():
+    """The same crops and flips as the public chain for the same torch seeds."""
+    case = CASE["pretrain"]
+    image = stored_image(case["image"])
+    transform = build_pretrain_transform(settings(input_size=case["input_size"]))
+    for seed, expected in zip(case["torch_seeds"], stored("pre_out"), strict=True):
+        torch.manual_seed(seed)
+        out = transform(image)
+        assert (out - expected).abs().max() <= BOUNDS["eval_abs"]
+        assert (out - expected).abs().mean() <= BOUNDS["eval_mean_abs"]
+
+
+def test_fast_pretraining_transform():
+    """The fast loader's chain makes the same draws; its pixels differ by rounding only."""
+    case = CASE["pretrain"]
+    pixels = stored(case["image"]).permute(2, 0, 1)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
+    transform = FastPretrainTransform(case["input_size"])
+    for seed, expected in zip(case["torch_seeds"], stored("pre_out"), strict=True):
+        torch.manual_seed(seed)
+        out = transform(pixels)
+        assert out.dtype == torch.uint8
+        difference = (normalize(out[None], mean, std)[0] - expected).abs()
+        assert difference.max() <= 2 * BOUNDS["eval_abs"]
+        assert difference.mean() <= 4 * BOUNDS["eval_mean_abs"]
+
+
+def test_augmentation_depends_on_seed_epoch_and_picture_alone(image_folder):
+    """Not on the order of access, and the run's own random numbers stay untouched."""
+    args = settings(data_path=str(image_folder))
+    for build in (build_pretrain_dataset, partial(build_dataset, True)):
+        dataset = build(args)
+        seed_everything(0)
+        first = [dataset[epoch, index][0] for epoch in (0, 1) for index in (0, 1)]
+        drawn = torch.rand(1), np.random.rand(), random.random()
+        seed_everything(1)
+        again = [dataset[epoch, index][0] for epoch in (0, 1) for index in (1, 0)]
+        assert all(first[i].equal(again[j]) for i, j in enumerate((1, 0, 3, 2)))
+        assert not first[0].equal(first[2])
+        other_seed = build(Namespace(**(vars(args) | dict(seed=1))))
+        assert not other_seed[0, 0][0].equal(first[0])
+        seed_everything(0)
+        assert drawn == (torch.rand(1), np.random.rand(), random.random())
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(aa="", color_jitter=0.4), dict(reprob=1.0)], ids=str
+)
+def test_finetuning_transform_equals_timms(changes):
+    """The recipe's chain, the one with colour jitter in place of RandAugment, certain erasing."""
+    args = settings(**changes)
+    ours = build_transform(True, args)
+    theirs = create_transform(
+        input_size=32,
+        is_training=True,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa or None,
+        interpolation="bicubic",
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        mean=MEAN,
+        std=STD,
+    )
+    image = stored_image(CASE["pretrain"]["image"])
+    for seed in range(8):
+        outs = []
+        for transform in (ours, theirs):
+            seed_everything(seed)
+            outs.append(transform(image))
+        assert outs[0].shape == (3, 32, 32) and outs[0].dtype == torch.float32
+        assert outs[0].equal(outs[1])
+
+
+def test_erasing_and_augmentation_can_be_off():
+    """Without them the values stay those of pixels; certain erasing adds noise beyond them."""
+    image = stored_image(CASE["pretrain"]["image"])
+    low = min(-m / s for m, s in zip(MEAN, STD, strict=True)) - 1e-5
+    seed_everything(0)
+    plain = build_transform(True, settings(aa="", reprob=0.0))
+    assert all(plain(image).min() >= low for _ in range(10))
+    erased = build_transform(True, settings(aa="", reprob=1.0, recount=3))
+    assert any(erased(image).min() < low for _ in range(10))
+
+
+def test_finetuning_dataset_reads_the_folders(image_folder):
+    """train and val, classes numbered in alphabetical order."""
+    for is_train, split in ((True, "train"), (False, "val")):
+        dataset = build_dataset(is_train, settings(data_path=str(image_folder)))
+        assert len(dataset) == 8
+        assert dataset.classes == ["a", "b"]
+        items = [dataset[0, index] for index in range(8)]
+        assert [label for _, label in items] == [0, 0, 0, 0, 1, 1, 1, 1]
+        assert all(imgs.shape == (3, 32, 32) and imgs.isfinite().all() for imgs, _ in items)
+        assert all(f"/{split}/" in path for path, _ in dataset.samples)
+
+
+def test_evaluation_pictures_are_transformed_from_the_files(image_folder):
+    """The first validation picture, written out with torchvision."""
+    dataset = build_dataset(False, settings(data_path=str(image_folder)))
+    by_hand = transforms.Compose(
+        [
+            transforms.Resize(36, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    with Image.open(image_folder / "val/a/0.jpg") as image:
+        expected = by_hand(image.convert("RGB"))
+    assert (dataset[0, 0][0] - expected).abs().max() <= BOUNDS["eval_abs"]

@@ -1,0 +1,182 @@
+"""The fine-tuning loop and the evaluation: whole stored runs, accumulation, the result line."""
+
+import logging
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+from parity_data import (
+    assert_match,
+    build_loaded,
+    find_case,
+    parity_cases,
+    part,
+    read_json,
+    tensors_of,
+)
+from timm.loss import LabelSmoothingCrossEntropy
+from torch import nn
+
+from engine_finetune import evaluate, train_one_epoch
+from util.lr_decay import param_groups_lrd
+from util.optim import NativeScalerWithGradNormCount
+
+CPU = torch.device("cpu")
+
+
+class Recorded(nn.Module):
+    """A criterion that keeps each loss and the rates it was taken under."""
+
+    def __init__(self, criterion: nn.Module, optimizer):
+        super().__init__()
+        self.criterion, self.optimizer = criterion, optimizer
+        self.losses, self.rates = [], []
+
+    def forward(self, logits, targets):
+        self.rates.append([group["lr"] for group in self.optimizer.param_groups])
+        loss = self.criterion(logits, targets)
+        self.losses.append(loss.item())
+        return loss
+
+
+@pytest.mark.parametrize("case", parity_cases("trajectory", "trajectory_finetune"))
+def test_stored_run(case):
+    """Loss, largest and smallest rate of every iteration, epoch means, stored final weights."""
+    tensors, args = tensors_of(case), Namespace(**case["args"])
+    model = build_loaded(case, tensors)
+    groups = param_groups_lrd(
+        model, case["weight_decay"], model.no_weight_decay(), case["layer_decay"]
+    )
+    assert len(groups) == case["num_groups"]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    criterion = Recorded(LabelSmoothingCrossEntropy(case["smoothing"]), optimizer)
+    scaler, steps = NativeScalerWithGradNormCount(), case["iters_per_epoch"]
+    imgs, labels = tensors["imgs"], tensors["labels"].long()
+    for epoch, batches in enumerate(case["batches"]):
+        loader = [(imgs[batch], labels[batch]) for batch in batches]
+        stats = train_one_epoch(
+            *(model, criterion, loader, optimizer, CPU, epoch, scaler, case["clip_grad"]), args=args
+        )
+        this_epoch = slice(epoch * steps, (epoch + 1) * steps)
+        assert stats["loss"] == pytest.approx(sum(case["losses"][this_epoch]) / steps, abs=1e-5)
+        assert stats["lr"] == pytest.approx(sum(case["lr_max"][this_epoch]) / steps, rel=1e-6)
+    assert criterion.losses == pytest.approx(case["losses"], abs=1e-5)
+    assert [max(rates) for rates in criterion.rates] == pytest.approx(case["lr_max"], rel=1e-12)
+    assert [min(rates) for rates in criterion.rates] == pytest.approx(case["lr_min"], rel=1e-12)
+    state = model.state_dict()
+    for name, expected in part(tensors, "final").items():
+        ours = state[name]
+        if name.endswith("qkv.bias"):  # the gradient of a key bias is rounding noise
+            ours, expected = (torch.cat(t.chunk(3)[::2]) for t in (ours, expected))
+        assert_match(ours, expected, name, atol=5e-5, rtol=0)
+
+
+def train(optimizer, model, batches, epoch=0, accum_iter=1, max_norm=None) -> None:
+    """An epoch at a constant rate on batches of (images, labels)."""
+    args = Namespace(
+        lr=0.1, min_lr=0.1, warmup_epochs=0, epochs=2, accum_iter=accum_iter, clip_grad=max_norm
+    )
+    scaler, criterion = NativeScalerWithGradNormCount(), nn.CrossEntropyLoss()
+    train_one_epoch(
+        *(model, criterion, batches, optimizer, CPU, epoch, scaler, max_norm), args=args
+    )
+
+
+def pictures(*sizes: int) -> list:
+    """Batches of these sizes of random pictures with labels 0-4."""
+    return [(torch.randn(size, 3, 32, 32), torch.arange(size) % 5) for size in sizes]
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module, atol: float) -> None:
+    for (name, ours), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert_match(ours, theirs, name, atol=atol, rtol=0)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_accumulation_equals_a_large_batch(tiny_vit, max_norm):
+    """Also with clipping, which acts on the accumulated gradient."""
+    batches = pictures(2, 2, 2, 2)
+    large = [tuple(torch.cat(parts) for parts in zip(*batches, strict=True))]
+    one, other = tiny_vit(), tiny_vit()
+    train(sgd(one), one, batches, accum_iter=4, max_norm=max_norm)
+    train(sgd(other), other, large, max_norm=max_norm)
+    assert_same_weights(one, other, atol=1e-6)
+    assert not one.head.weight.equal(tiny_vit().head.weight)
+
+
+def test_incomplete_accumulation_does_not_leak(tiny_vit):
+    """The odd third batch of epoch 0 changes neither the weights nor epoch 1."""
+    batches = pictures(2, 2, 2, 2, 2)
+    with_odd, without = tiny_vit(), tiny_vit()
+    for model, first in ((with_odd, batches[:3]), (without, batches[:2])):
+        optimizer = sgd(model)
+        train(optimizer, model, first, epoch=0, accum_iter=2)
+        train(optimizer, model, batches[3:], epoch=1, accum_iter=2)
+    assert_same_weights(with_odd, without, atol=0)
+
+
+def test_mixup_function_makes_the_targets(tiny_vit):
+    """Pictures and labels pass through mixup_fn before model and criterion."""
+    model, seen = tiny_vit(), []
+
+    def halve(imgs, labels):
+        return imgs / 2, torch.full((len(labels), 5), 0.2)
+
+    def criterion(logits, targets):
+        seen.append((logits.detach(), targets))
+        return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+    batches = pictures(4)
+    expected = model(batches[0][0] / 2)
+    optimizer = sgd(model.eval())
+    args = Namespace(lr=0.1, min_lr=0.1, warmup_epochs=0, epochs=1, accum_iter=1)
+    scaler = NativeScalerWithGradNormCount()
+    train_one_epoch(
+        *(model, criterion, batches, optimizer, CPU, 0, scaler, None), mixup_fn=halve, args=args
+    )
+    torch.testing.assert_close(seen[0][0], expected.detach())
+    assert seen[0][1].eq(0.2).all()
+    assert model.training  # an evaluation before leaves no trace
+
+
+def test_evaluation(caplog):
+    """Unequal batches: accuracy by pictures, and the result line of the public code."""
+    caplog.set_level(logging.INFO)
+    case = find_case("vit", "evaluate")
+    tensors, formats = tensors_of(case), read_json("formats")["eval_lines"]
+    model = build_loaded(case, tensors)
+    sizes = case["batch_sizes"]
+    loader = list(
+        zip(tensors["imgs"].split(sizes), tensors["labels"].long().split(sizes), strict=True)
+    )
+    stats = evaluate(loader, model, CPU)
+    assert {"acc1", "acc5", "loss"} <= stats.keys()
+    assert stats["acc1"] == pytest.approx(case["acc1"], rel=1e-6)
+    assert stats["acc5"] == pytest.approx(case["acc5"], rel=1e-6)
+    lines = [record.getMessage() for record in caplog.records]
+    results = [match for line in lines if (match := re.search(formats["result_regex"], line))]
+    assert len(results) == 1
+    assert results[0][0].startswith("* Acc@1 33.333 Acc@5 80.952 loss ")
+    # The mean over batches, as in the public code, or the mean over pictures.
+    means = (case["loss"], case["loss_mean_over_images"])
+    assert min(abs(stats["loss"] - mean) for mean in means) < 1e-5
+    assert results[0][3] == f"{stats['loss']:.3f}"
+    assert any(re.search(r"Test:  \[0/3\]  eta: \S+  loss: .* acc1: .* acc5: ", s) for s in lines)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("num_classes, acc1, acc5", [(7, 100 / 7, 500 / 7), (3, 100 / 3, 100)])
+def test_accuracies_by_hand(num_classes, acc1, acc5):
+    """Labels at rank 1, 2, ... of the logits; of fewer than five classes all are best."""
+    logits = torch.arange(num_classes, 0.0, -1).expand(num_classes, -1)
+    labels = torch.arange(num_classes)
+    model = nn.Identity().train()
+    stats = evaluate(list(zip(logits.split(2), labels.split(2), strict=True)), model, CPU)
+    assert not model.training
+    assert (stats["acc1"], stats["acc5"]) == pytest.approx((acc1, acc5))
+    assert stats["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())

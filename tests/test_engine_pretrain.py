@@ -1,0 +1,144 @@
+"""The pre-training loop: whole stored runs, accumulation, and the lines it logs."""
+
+import logging
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+from parity_data import assert_match, build_loaded, parity_cases, part, read_json, tensors_of
+from torch import nn
+
+from engine_pretrain import train_one_epoch
+from util.lr_decay import param_groups_weight_decay
+from util.optim import NativeScalerWithGradNormCount
+from util.train_log import NonFiniteLoss
+
+CPU = torch.device("cpu")
+
+
+class FedWithNoise(nn.Module):
+    """Hands the next stored noise to the model; keeps each loss and the rates at the call."""
+
+    def __init__(self, model: nn.Module, noise, optimizer):
+        super().__init__()
+        self.model, self.optimizer = model, optimizer
+        self.noise = iter(noise)
+        self.losses, self.rates = [], []
+
+    def forward(self, imgs, **ratios):
+        self.rates.append([group["lr"] for group in self.optimizer.param_groups])
+        loss = self.model(imgs, noise=next(self.noise), **ratios)
+        self.losses.append(loss.item())
+        return loss
+
+
+def optimizer_of(case: dict, model: nn.Module) -> torch.optim.Optimizer:
+    groups = param_groups_weight_decay(model, case["weight_decay"])
+    if case["optimizer"] == "sgd":
+        return torch.optim.SGD(groups, lr=case["args"]["lr"])
+    return torch.optim.AdamW(groups, lr=case["args"]["lr"], betas=case["betas"])
+
+
+def settings(**changes) -> Namespace:
+    """A constant rate, so that nothing depends on the length of an epoch."""
+    constant = dict(lr=0.1, min_lr=0.1, warmup_epochs=0, epochs=2, accum_iter=1)
+    return Namespace(**(constant | dict(mask_ratio=0.75, kept_mask_ratio=0.5) | changes))
+
+
+@pytest.mark.parametrize("case", parity_cases("trajectory", "trajectory_pretrain"))
+def test_stored_run(case):
+    """Loss and rate of every iteration, epoch means, and the final weights where stored."""
+    tensors, args = tensors_of(case), Namespace(**case["args"])
+    model = build_loaded(case, tensors)
+    optimizer = optimizer_of(case, model)
+    fed = FedWithNoise(model, tensors["noise"], optimizer)
+    scaler, steps = NativeScalerWithGradNormCount(), case["iters_per_epoch"]
+    for epoch, batches in enumerate(case["batches"]):
+        loader = [(tensors["imgs"][batch], torch.zeros(len(batch))) for batch in batches]
+        stats = train_one_epoch(fed, loader, optimizer, CPU, epoch, scaler, args=args)
+        this_epoch = slice(epoch * steps, (epoch + 1) * steps)
+        assert stats["loss"] == pytest.approx(sum(case["losses"][this_epoch]) / steps, abs=1e-5)
+        assert stats["lr"] == pytest.approx(sum(case["lrs"][this_epoch]) / steps, rel=1e-6)
+    assert fed.losses == pytest.approx(case["losses"], abs=1e-5)
+    for rates, expected in zip(fed.rates, case["lrs"], strict=True):
+        assert rates == pytest.approx([expected] * len(rates), rel=1e-12)
+    state, final = model.state_dict(), part(tensors, "final")
+    for name, expected in final.items():
+        ours = state[name]
+        if name.endswith(("qkv.bias", "kv.bias")):  # gradient of a key bias is rounding noise
+            ours, expected = (without_key(t, "qkv" in name) for t in (ours, expected))
+        assert_match(ours, expected, name, atol=5e-5, rtol=0)
+
+
+def without_key(bias: torch.Tensor, fused_qkv: bool) -> torch.Tensor:
+    """A qkv bias without its middle third, or a kv bias without its first half."""
+    if fused_qkv:
+        query, _, value = bias.chunk(3)
+        return torch.cat([query, value])
+    return bias.chunk(2)[1]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def train(optimizer, model, batches, noise, epoch=0, **changes) -> None:
+    """An epoch on these batches with this noise."""
+    fed = FedWithNoise(model, noise, optimizer)
+    loader = [(imgs, torch.zeros(len(imgs))) for imgs in batches]
+    scaler = NativeScalerWithGradNormCount()
+    train_one_epoch(fed, loader, optimizer, CPU, epoch, scaler, args=settings(**changes))
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module, atol: float = 1e-6) -> None:
+    for (name, ours), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert_match(ours, theirs, name, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["tiny_cross", "tiny_mae"])
+def test_accumulation_equals_a_large_batch(request, kind):
+    """Two updates from four small batches each move the weights as two large batches do."""
+    build = request.getfixturevalue(kind)
+    imgs, noise = torch.randn(16, 3, 32, 32), torch.rand(16, 16)
+    accumulated, large = build(), build()
+    train(sgd(accumulated), accumulated, imgs.split(2), noise.split(2), accum_iter=4)
+    train(sgd(large), large, imgs.split(8), noise.split(8))
+    assert_same_weights(accumulated, large)
+    assert not accumulated.decoder_pred.weight.equal(build().decoder_pred.weight)
+
+
+def test_incomplete_accumulation_does_not_leak(tiny_cross):
+    """The odd third batch of epoch 0 changes neither the weights nor epoch 1."""
+    imgs, noise = torch.randn(5, 2, 3, 32, 32), torch.rand(5, 2, 16)
+    with_odd, without = tiny_cross(), tiny_cross()
+    for model, first in ((with_odd, [0, 1, 2]), (without, [0, 1])):
+        optimizer = sgd(model)
+        for epoch, ids in enumerate((first, [3, 4])):
+            train(optimizer, model, imgs[ids], noise[ids], epoch, accum_iter=2)
+    assert_same_weights(with_odd, without, atol=0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_cross):
+    """With the line users search for, and the weights as they were."""
+    imgs = torch.full((2, 3, 32, 32), float("nan"))
+    model = tiny_cross()
+    with pytest.raises(NonFiniteLoss, match="Loss is nan, stopping training"):
+        train(sgd(model), model, [imgs], [torch.rand(2, 16)])
+    assert_same_weights(model, tiny_cross(), atol=0)
+
+
+def test_logged_lines(tiny_cross, caplog):
+    """Progress every 20 iterations and at the end, then the epoch's means, in their form."""
+    caplog.set_level(logging.INFO)
+    model = tiny_cross()
+    train(sgd(model), model, torch.randn(23, 1, 3, 32, 32), torch.rand(23, 1, 16), epoch=1)
+    lines = [record.getMessage() for record in caplog.records]
+    progress = re.compile(read_json("formats")["train_lines"]["regex"])
+    found = [match for line in lines if (match := progress.search(line))]
+    assert [(m[1], m[2], m[3]) for m in found] == [("1", str(i), "23") for i in (0, 20, 22)]
+    assert any(
+        re.search(r"Epoch: \[1\] Total time: \d:\d\d:\d\d \([\d.]+ s / it\)", s) for s in lines
+    )
+    averaged = r"Averaged stats: lr: 0\.100000  loss: [\d.]+ \(([\d.]+)\)"
+    assert sum(bool(re.search(averaged, line)) for line in lines) == 1

@@ -1,0 +1,60 @@
+"""Parameter groups: their order numbers the tensors of a saved optimizer state."""
+
+import importlib
+
+import pytest
+import torch
+from parity_data import parity_cases
+
+from util.lr_decay import param_groups_lrd, param_groups_weight_decay
+
+
+def described(model, groups, *entries: str) -> list[dict]:
+    """The groups with parameter names in place of parameters, and these entries."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    return [
+        {entry: group[entry] for entry in entries}
+        | {"params": [names[id(param)] for param in group["params"]]}
+        for group in groups
+    ]
+
+
+def build_on_meta(module: str, case: dict):
+    with torch.device("meta"):
+        return getattr(importlib.import_module(module), case["factory"])(**case["kwargs"])
+
+
+@pytest.mark.parametrize("case", parity_cases("schedules", "lrd"))
+def test_layer_decay_groups(case):
+    """28 groups of ViT-B: rates, decay, members, all in order."""
+    model = build_on_meta("models_vit", case)
+    assert set(model.no_weight_decay()) <= set(case["no_weight_decay_names"])
+    assert {"cls_token", "pos_embed"} <= set(model.no_weight_decay())
+    groups = param_groups_lrd(
+        model, case["weight_decay"], model.no_weight_decay(), case["layer_decay"]
+    )
+    assert len(groups) == case["num_groups"]
+    for ours, theirs in zip(
+        described(model, groups, "lr_scale", "weight_decay"), case["groups"], strict=True
+    ):
+        assert ours.pop("lr_scale") == pytest.approx(theirs.pop("lr_scale"), rel=1e-12)
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("case", parity_cases("schedules", "wd"))
+def test_weight_decay_groups(case):
+    """Two groups in pre-training, frozen tables in none."""
+    model = build_on_meta(case["module"], case)
+    groups = param_groups_weight_decay(model, case["groups"][1]["weight_decay"])
+    assert described(model, groups, "weight_decay") == case["groups"]
+
+
+def test_every_trainable_tensor_is_in_one_group(tiny_vit, tiny_cross):
+    """Nothing is left out and nothing is twice in."""
+    vit, cross = tiny_vit(), tiny_cross()
+    for model, groups in (
+        (vit, param_groups_lrd(vit, 0.05, vit.no_weight_decay(), 0.5)),
+        (cross, param_groups_weight_decay(cross, 0.05)),
+    ):
+        grouped = [id(param) for group in groups for param in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)

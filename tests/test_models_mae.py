@@ -1,0 +1,79 @@
+"""The MAE baseline against the stored numbers and the paper's formula."""
+
+import pytest
+import torch
+from parity_data import (
+    assert_encoder_matches,
+    assert_gradients_match,
+    assert_initial_values_match,
+    assert_match,
+    find_case,
+    parity_cases,
+    run_pretraining_model,
+    tensors_of,
+)
+
+from util.masking import count_patches, random_masking
+from util.patches import normalize_patches, patchify
+
+CASES = [c for c in parity_cases("forward", "forward") if c.values[0]["module"] == "models_mae"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradients(case):
+    """Loss, prediction and target of all patches, mask, block outputs, gradients."""
+    model, found, tensors = run_pretraining_model(case)
+    assert found["loss"].item() == pytest.approx(case["loss"], abs=1e-5)
+    for name in ("pred", "target", "mask"):
+        assert_match(found[name], tensors[name], name)
+    assert_encoder_matches(case, found, tensors)
+    assert_gradients_match(model, tensors, case["params_without_grad"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masking(case):
+    """Sizes, which patches, and the inverse permutation for the stored noise."""
+    tensors = tensors_of(case)
+    ratio = case["call"]["mask_ratio"]
+    sizes = count_patches(case["num_patches"], ratio, ratio)
+    assert sizes == (case["num_visible"], case["num_predicted"])
+    masking = random_masking(tensors["noise"], *sizes)
+    assert masking.ids_keep.equal(tensors["noise"].argsort(dim=1)[:, : sizes[0]])
+    assert masking.ids_restore.equal(tensors["ids_restore"].long())
+    assert masking.mask.equal(tensors["mask"])
+
+
+def test_initial_values():
+    assert_initial_values_match(find_case("forward", "init_mae"), constructions=200)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_loss_is_the_mean_over_masked_patches(tiny_mae, norm_pix_loss):
+    """The paper's loss, written out; unseen kept_mask_ratio changes nothing."""
+    model = tiny_mae(norm_pix_loss=norm_pix_loss)
+    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    loss, pred, target, mask = model(imgs, mask_ratio=0.5, vis=True, noise=noise)
+    patches = patchify(imgs, 8)
+    torch.testing.assert_close(target, normalize_patches(patches) if norm_pix_loss else patches)
+    assert mask.sum(1).tolist() == [8, 8]
+    expected = sum(((pred - target) ** 2).mean(-1)[mask == 1]) / 16
+    torch.testing.assert_close(loss, expected)
+    other = model(imgs, mask_ratio=0.5, kept_mask_ratio=0.25, noise=noise)
+    torch.testing.assert_close(other, loss)
+
+
+def test_noise_is_drawn_by_one_call(tiny_mae):
+    """Without noise, the model draws torch.rand(B, L) and nothing else."""
+    model, imgs = tiny_mae(), torch.randn(2, 3, 32, 32)
+    torch.manual_seed(7)
+    drawn = model(imgs)
+    torch.manual_seed(7)
+    assert drawn.equal(model(imgs, noise=torch.rand(2, 16)))
+
+
+def test_every_trainable_parameter_gets_a_gradient(tiny_mae):
+    model = tiny_mae()
+    model(torch.randn(2, 3, 32, 32)).backward()
+    for name, param in model.named_parameters():
+        assert (param.grad is not None) == param.requires_grad, name
+        assert param.grad is None or param.grad.abs().max() > 0, name

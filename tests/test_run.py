@@ -1,0 +1,35 @@
+"""The start of a run: peak learning rates of the published recipes and the lines that show them."""
+
+import logging
+from argparse import Namespace
+
+import pytest
+import torch
+from parity_data import read_json
+
+from main_pretrain import lr_scale
+from util.run import report_start, set_lr
+
+SCHEDULES = read_json("schedules")
+RULE = [(f"rule {i}", entry) for i, entry in enumerate(SCHEDULES["effective_lr"])]
+CASES = RULE + [(recipe["name"], recipe) for recipe in SCHEDULES["recipes"]]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES])
+def test_peak_rate(case, tiny_cross, caplog):
+    """blr x effective batch / 256, times kept/mask ratio in pre-training; --lr wins over all."""
+    caplog.set_level(logging.INFO)
+    switches = dict(inverse_lr=False, no_lr_scale=False, lr_flag=None, epochs=800, warmup_epochs=40)
+    model = dict(model="tiny", input_size=32, in_chans=3, amp="off", device=torch.device("cpu"))
+    args = Namespace(**(switches | model | dict(output_dir="", dist_backend=None) | case))
+    args.lr = args.lr_flag
+    text = set_lr(args, *(lr_scale(args) if args.mask_ratio else ()))
+    assert args.lr == pytest.approx(case["lr"], rel=1e-12)
+    report_start(args, tiny_cross(), text, "written out", "no data")
+    for line in (
+        f"base lr: {case['printed_base_lr']}",
+        f"actual lr: {case['printed_actual_lr']}",
+        f"accumulate grad iterations: {case['accum_iter']}",
+        f"effective batch size: {case['effective_batch']}",
+    ):
+        assert line in caplog.messages
