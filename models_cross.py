@@ -10,12 +10,13 @@ maps, J decoder blocks, C channels, p patch size.
 from collections.abc import Sequence
 from functools import partial
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.attention import Attend
 from util.blocks import CrossAttentionBlock
 from util.masking import Masking
+from util.recompute import mix
 from util.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
 
 
@@ -28,9 +29,7 @@ class WeightedFeatureMaps(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
         """K maps (B, N, D) of one shape -> J mixtures (B, N, D)."""
-        stacked = torch.stack(list(maps))  # (K, B, N, D)
-        mixed = self.linear.weight @ stacked.flatten(1)  # (J, B * N * D)
-        return mixed.unflatten(1, stacked.shape[1:]).unbind(0)
+        return mix(self.linear.weight, list(maps))
 
 
 class MaskedAutoencoderViT(MaskedAutoencoder):
@@ -107,7 +106,10 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         return self.weight_fm and self.use_fm[-1] < len(self.blocks) - 1
 
     def forward_encoder(self, imgs: Tensor, masking: Masking) -> Sequence[Tensor]:
-        """imgs (B, C, H, W) -> what each of the J decoder blocks reads, (B, 1 + V, D)."""
+        """imgs (B, C, H, W) -> what each of the J decoder blocks reads, (B, 1 + V, D).
+
+        With weight_fm these are mixtures, which `dec_norms` still have to normalise.
+        """
         x = self.embed(imgs, masking.ids_keep)
         if not self.weight_fm:
             *_, x = self.run_blocks(x)
@@ -117,19 +119,20 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         for i, output in enumerate(self.run_blocks(x, last + 1)):
             if i in self.use_fm:
                 maps.append(output)
-        return [norm(y) for norm, y in zip(self.dec_norms, self.wfm(maps), strict=True)]
+        return self.wfm(maps)
 
     def forward_decoder(self, contexts: Sequence[Tensor], masking: Masking) -> Tensor:
         """J contexts (B, 1 + V, D) -> predicted pixels of the predicted patches (B, P, p*p*C)."""
         x = self.decoder_pos_embed[0, 1:][masking.ids_pred] + self.mask_token  # (B, P, E)
-        for block, context in zip(self.decoder_blocks, contexts, strict=True):
-            x = self.run(block, x, context)
+        norms = self.dec_norms if self.weight_fm else [None] * len(self.decoder_blocks)
+        for block, context, norm in zip(self.decoder_blocks, contexts, norms, strict=True):
+            x = self.run(block, x, context, norm)
         return self.decoder_pred(self.decoder_norm(x))
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, masking: Masking) -> Tensor:
         """Mean squared error over the predicted patches: pred (B, P, p*p*C) -> scalar."""
         target = self.pixel_target(imgs, masking.ids_pred)
-        return (pred.float() - target).square().mean()
+        return F.mse_loss(pred.float(), target)
 
     def forward(
         self,

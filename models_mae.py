@@ -7,6 +7,7 @@ p patch size. The decoder sees all L patches; only the masked ones enter the los
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.attention import Attend
@@ -76,7 +77,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         """Mean squared error over the masked patches: pred (B, L, p*p*C) -> scalar."""
         ids_pred = masking.ids_pred
         target = self.pixel_target(imgs, ids_pred)
-        return (take_tokens(pred, ids_pred).float() - target).square().mean()
+        return F.mse_loss(take_tokens(pred, ids_pred).float(), target)
 
     def forward(
         self,

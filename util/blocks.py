@@ -94,10 +94,11 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(context_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, norm: nn.Module, context: Tensor) -> Tensor:
-        """Queries norm(x) (B, N, D) read context (B, M, C) -> (B, N, D)."""
+    def forward(self, x: Tensor, norm: nn.Module, context: Tensor, context_norm=None) -> Tensor:
+        """Queries norm(x) (B, N, D) read context_norm(context) (B, M, C) -> (B, N, D)."""
         q = linear_after(norm, x, self.q).unflatten(2, (self.num_heads, -1))
-        kv = self.kv(context).unflatten(2, (2, self.num_heads, -1))
+        kv = linear_after(context_norm, context, self.kv) if context_norm else self.kv(context)
+        kv = kv.unflatten(2, (2, self.num_heads, -1))  # (B, M, 2, H, d)
         return self.proj(self.attend.cross_attend(q, kv).flatten(2))
 
 
@@ -151,11 +152,11 @@ class CrossAttentionBlock(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Queries x (B, N, D), context (B, M, C) -> (B, N, D)."""
+    def forward(self, x: Tensor, context: Tensor, context_norm: nn.Module | None = None) -> Tensor:
+        """Queries x (B, N, D), context (B, M, C), which context_norm normalises -> (B, N, D)."""
         if self.has_self_attn:
             x = x + self.self_attn(x, self.norm0)
-        x = x + self.cross_attn(x, self.norm1, context)
+        x = x + self.cross_attn(x, self.norm1, context, context_norm)
         return x + self.mlp(x, self.norm2)
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 IMAGE_SIZE = 32
 NUM_TRAIN = 1297
-LABELS_PER_CLASS = 5
+LABELS_PER_CLASS = 10
 RECORD = "demo_data.json"  # written last: says that the folder is ours and complete
 
 

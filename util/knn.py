@@ -122,7 +122,7 @@ def measure_knn(
             scores = vote(near[:, :k], voters[:, :k], num_classes, temperature)
             correct[k] = correct[k] + count_correct(scores, labels)
         total += len(labels)
-    return {k: tuple((100 * correct[k] / total).tolist()) for k in ks}
+    return {k: tuple(100 * right / total for right in correct[k].tolist()) for k in ks}
 
 
 def choose_ks(ks: list[int], num_train: int) -> list[int]:

@@ -38,4 +38,4 @@ def normalize_patches(patches: Tensor) -> Tensor:
     --norm_pix_loss.
     """
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) / (var + 1e-6).sqrt()
+    return (patches - mean).div_((var + 1e-6).sqrt())

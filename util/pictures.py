@@ -3,9 +3,9 @@
 Knows nothing of models. Letters: B images, C channels, H height, W width, L patches.
 """
 
-import textwrap
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ GREY = 128  # what is not shown
 HATCH = (150, 205)  # the two greys of what is missing
 INK = (20, 20, 20)
 PAPER = (255, 255, 255)
-RED = (230, 30, 30)
+FRAME = (0, 235, 235)
 GAP = 8  # pixels between the parts of a page
 TEXT_SIZE = 14
+CELL_HEIGHT = 26  # of a heat map
 MIN_WIDTH = 420  # of a page, so that its text finds room
 TILE_SIDE = 160  # small pictures are enlarged to about this
 
@@ -72,7 +73,10 @@ class Page:
 
     def draw(self) -> Tensor:
         """The page as uint8 (3, H, W)."""
-        width = max([MIN_WIDTH, *(p.width for p in self.parts if isinstance(p, Image.Image))])
+        texts = [part for part in self.parts if isinstance(part, str)]
+        pictures = [part for part in self.parts if not isinstance(part, str)]
+        words = [text_width(word) for text in texts for word in text.split()]
+        width = max([MIN_WIDTH, *words, *(picture.width for picture in pictures)])
         parts = [draw_text(p, width) if isinstance(p, str) else p for p in self.parts]
         height = sum(part.height + GAP for part in parts) + GAP
         page = Image.new("RGB", (width + 2 * GAP, height), PAPER)
@@ -85,8 +89,7 @@ class Page:
 
 def draw_text(text: str, width: int) -> Image.Image:
     """Text as a picture of that width, in as many lines as it needs."""
-    letters = max(1, int(width / text_width("abcdefghijklmnopqrstuvwxyz 0123456789") * 37))
-    lines = textwrap.wrap(text, letters)
+    lines = wrap(text, width)
     picture = Image.new("RGB", (width, line_height() * len(lines)), PAPER)
     draw = ImageDraw.Draw(picture)
     for i, line in enumerate(lines):
@@ -94,9 +97,62 @@ def draw_text(text: str, width: int) -> Image.Image:
     return picture
 
 
-def save_png(picture: Tensor, path) -> None:
-    """Write uint8 (3, H, W) to a file, by the kind its name says."""
-    to_pil_image(picture).save(path)
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most that many pixels, unless one word takes more."""
+    lines = []
+    for word in text.split():
+        if lines and text_width(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def heat_map(
+    matrix: Tensor, row_names: Sequence[str], column_names: Sequence[str], signed: bool = False
+) -> Image.Image:
+    """A matrix (rows, columns) as coloured cells with their numbers and names.
+
+    Args:
+        signed: white is 0, blue below, red above; else dark is 0 and bright the largest number.
+    """
+    values = matrix.detach().float().cpu()
+    largest = values.abs().max().clamp(min=1e-12)
+    scaled = values / largest
+    colors = color(scaled / 2 + 0.5, SIGNED) if signed else color(scaled.clamp(min=0))
+    left = max(text_width(name) for name in row_names) + GAP
+    cell = max([text_width("-0.00"), *(text_width(name) for name in column_names)]) + GAP
+    top = line_height()
+    cells = enlarge(colors, CELL_HEIGHT).numpy().transpose(1, 2, 0)
+    cells = Image.fromarray(cells).resize(
+        (cell * values.shape[1], CELL_HEIGHT * values.shape[0]), Image.Resampling.NEAREST
+    )
+    picture = Image.new("RGB", (left + cells.width, top + cells.height), PAPER)
+    picture.paste(cells, (left, top))
+    draw = ImageDraw.Draw(picture)
+    for j, name in enumerate(column_names):
+        draw.text((left + (j + 0.5) * cell, 0), name, INK, font(), anchor="ma")
+    for i, name in enumerate(row_names):
+        middle = top + (i + 0.5) * CELL_HEIGHT
+        draw.text((0, middle), name, INK, font(), anchor="lm")
+        for j, value in enumerate(values[i].tolist()):
+            ink = INK if colors[:, i, j].float().mean() > 128 else PAPER
+            place = (left + (j + 0.5) * cell, middle)
+            draw.text(place, f"{round(value, 2) + 0:.2f}", ink, font(), anchor="mm")
+    return picture
+
+
+def check_png(path: str | Path) -> None:
+    """Raises ValueError unless the name is one for save_png; to be called before the work."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"--out is {path}; it must end in .png.")
+
+
+def save_png(picture: Tensor, path: str | Path) -> None:
+    """Write uint8 (3, H, W) to a PNG file, in a folder that is made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image(picture).save(path, format="PNG")
 
 
 def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -122,6 +178,12 @@ def enlargement(height: int, width: int) -> int:
     return max(1, round(TILE_SIDE / max(height, width)))
 
 
+def fit(img: Tensor, height: int, width: int) -> Tensor:
+    """Resize uint8 (3, H, W), each new pixel the mean of what it covers."""
+    resized = torch.nn.functional.interpolate(img[None].float(), (height, width), mode="area")
+    return resized[0].round().to(torch.uint8)
+
+
 def patch_area(chosen: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Which pixels belong to the chosen patches: (B, L) -> bool (B, 1, H, W).
 
@@ -137,17 +199,21 @@ def hatch(height: int, width: int, stripe: int) -> Tensor:
     return torch.tensor(HATCH, dtype=torch.uint8)[diagonal // stripe % 2]
 
 
-def colour(values: Tensor, stops: Sequence[tuple[int, int, int]] = HEAT) -> Tensor:
+def color(values: Tensor, stops: Sequence[tuple[int, int, int]] = HEAT) -> Tensor:
     """Numbers in 0..1 on a colour scale: (H, W) -> uint8 (3, H, W)."""
     places = np.linspace(0, 1, len(stops))
-    channels = [np.interp(values.cpu().numpy(), places, channel) for channel in zip(*stops, strict=True)]
+    channels = [
+        np.interp(values.cpu().numpy(), places, channel) for channel in zip(*stops, strict=True)
+    ]
     return torch.from_numpy(np.stack(channels).round().astype(np.uint8))
 
 
 def outline(tile: Tensor, row: int, column: int, side: int) -> Tensor:
-    """A copy of tile (3, H, W) with a red frame around one patch."""
+    """A copy of tile (3, H, W) with a frame around one patch."""
     picture = to_pil_image(tile.cpu())
     left, top = column * side, row * side
     line = max(1, side // 8)
-    ImageDraw.Draw(picture).rectangle((left, top, left + side - 1, top + side - 1), None, RED, line)
+    ImageDraw.Draw(picture).rectangle(
+        (left, top, left + side - 1, top + side - 1), None, FRAME, line
+    )
     return pil_to_tensor(picture)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,13 +22,16 @@ from util.distributed import all_reduce_sum, choose_device, is_main_process
 from util.images import find_images, open_image
 from util.loaders import DeviceLoader, build_eval_loader
 from util.optim import AMP_TYPES, autocast, choose_amp_dtype
+from util.pictures import INK, PAPER, font
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 FEATURES = ("cls", "mean", "patches")
 UNEQUAL = 2  # times as many pictures in the largest class as in the smallest: worth a sentence
-INK, PAPER, LINES = (20, 20, 20), (255, 255, 255), (200, 200, 200)
+LINES = (200, 200, 200)
 DARKEST = (8, 48, 107)  # a cell that holds its whole row
+TEXT_SIZE = 11
 
 
 def add_evaluation_flags(parser, batch_size: int = 64) -> None:
@@ -46,7 +49,10 @@ def add_evaluation_flags(parser, batch_size: int = 64) -> None:
         help="images per forward pass (default: %(default)s)",
     )
     parser.add_argument(
-        "--num_workers", type=int, default=4, help="loader processes (default: %(default)s)"
+        "--num_workers",
+        type=int,
+        default=DEFAULT_WORKERS,
+        help="loader processes (default: %(default)s here)",
     )
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     parser.add_argument(
@@ -106,7 +112,7 @@ def list_files(sources: Iterable[str]) -> list[str]:
 
 
 def build_files_loader(samples, classes: list[str], args) -> DeviceLoader:
-    """Loader of (path, class number) pictures with the evaluation transform, each once, in order."""
+    """Loader of (path, class number) pictures in order, prepared as in evaluation."""
     reader = Reader(open_image, args.in_chans)
     dataset = Images(samples, classes, build_transform(False, args), reader)
     return build_eval_loader(dataset, args, split=False)
@@ -161,10 +167,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         waiting.touch()
+        mode = waiting.stat().st_mode  # as the user's umask has it; some libraries set their own
     except OSError as error:
         raise OSError(f"Cannot write {path} ({error.strerror}); choose another place.") from error
     try:
         yield waiting
+        waiting.chmod(mode)
         os.replace(waiting, path)
     finally:
         waiting.unlink(missing_ok=True)
@@ -298,7 +306,7 @@ def few_classes_note(num_classes: int) -> str:
     """A sentence when five guesses are all there are; else ''."""
     if num_classes > 5:
         return ""
-    return f"Acc@5 says nothing with {num_classes} classes: five guesses are enough for all of them."
+    return f"Acc@5 says nothing with {num_classes} classes: five guesses cover them all."
 
 
 def draw_confusion(matrix: Tensor, classes: list[str]) -> Image.Image:
@@ -308,24 +316,24 @@ def draw_confusion(matrix: Tensor, classes: list[str]) -> Image.Image:
     """
     num_classes = len(classes)
     cell = 34 if num_classes <= 24 else 14 if num_classes <= 100 else max(1, 1000 // num_classes)
-    font = ImageFont.load_default(11)
+    letters = font(TEXT_SIZE)
     labels = [shorten(name) for name in classes] if num_classes <= 100 else []
-    margin = max([30, *(int(font.getlength(label)) + 12 for label in labels)])
+    margin = max([30, *(int(letters.getlength(label)) + 12 for label in labels)])
     top, side = margin + 24, num_classes * cell
     picture = Image.new("RGB", (margin + max(side, 330) + 12, top + side + 12), PAPER)
     draw = ImageDraw.Draw(picture)
     title = "rows: true class, columns: predicted; colour: share of the row"
-    draw.text((8, 6), title, fill=INK, font=font)
+    draw.text((8, 6), title, fill=INK, font=letters)
     cells = color_cells(matrix).resize((side, side), Image.Resampling.NEAREST)
     picture.paste(cells, (margin, top))
     draw.rectangle((margin - 1, top - 1, margin + side, top + side), outline=LINES)
     for number, label in enumerate(labels):
         middle = int((number + 0.5) * cell)
-        draw.text((margin - 6, top + middle), label, fill=INK, font=font, anchor="rm")
-        upright = draw_upright(label, font)
+        draw.text((margin - 6, top + middle), label, fill=INK, font=letters, anchor="rm")
+        upright = draw_upright(label, letters)
         picture.paste(upright, (margin + middle - upright.width // 2, top - 6 - upright.height))
     if num_classes <= 24:
-        draw_counts(draw, matrix, cell, (margin, top), font)
+        draw_counts(draw, matrix, cell, (margin, top), letters)
     return picture
 
 
@@ -341,18 +349,18 @@ def color_cells(matrix: Tensor) -> Image.Image:
     return Image.fromarray(colors.round().to(torch.uint8).numpy())
 
 
-def draw_upright(text: str, font) -> Image.Image:
+def draw_upright(text: str, letters) -> Image.Image:
     """Text that reads from bottom to top."""
-    left, top, right, bottom = font.getbbox(text)
+    left, top, right, bottom = letters.getbbox(text)
     strip = Image.new("RGB", (max(1, int(right - left)), max(1, int(bottom - top))), PAPER)
-    ImageDraw.Draw(strip).text((-left, -top), text, fill=INK, font=font)
+    ImageDraw.Draw(strip).text((-left, -top), text, fill=INK, font=letters)
     return strip.rotate(90, expand=True)
 
 
-def draw_counts(draw, matrix: Tensor, cell: int, corner: tuple[int, int], font) -> None:
+def draw_counts(draw, matrix: Tensor, cell: int, corner: tuple[int, int], letters) -> None:
     """The counts that are not 0, light on dark cells."""
     share = matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
     for row, column in matrix.nonzero().tolist():
         place = corner[0] + (column + 0.5) * cell, corner[1] + (row + 0.5) * cell
         ink = PAPER if share[row, column] > 0.5 else INK
-        draw.text(place, str(int(matrix[row, column])), fill=ink, font=font, anchor="mm")
+        draw.text(place, str(int(matrix[row, column])), fill=ink, font=letters, anchor="mm")

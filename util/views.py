@@ -1,7 +1,7 @@
 """What a pre-training model does, as pictures: uint8 tensors (3, height, width) for PNG files and
 TensorBoard.
 
-Letters: B images, C channels, H height, W width, L patches, V visible, P predicted, p patch size.
+Letters: B images, C channels, H height, W width, L patches, J decoder blocks, K feature maps.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from util.pictures import GREY, Page, enlarge, enlargement, hatch, patch_area, to_rgb
+from util.pictures import GREY, Page, enlarge, enlargement, hatch, heat_map, patch_area, to_rgb
 
 COLUMNS = ("original", "masked", "predicted", "pasted")
 
@@ -74,9 +74,8 @@ def reconstruction_columns(
     stripes = hatch(height, width, max(2, side // 5))
     filled = torch.where(is_predicted, predicted, stripes)
     masked = original.where(visible, GREY)
-    return torch.stack(
-        [original, masked, filled.where(~visible, GREY), original.where(visible, filled)]
-    )
+    alone = filled.where(~visible, GREY)
+    return torch.stack([original, masked, alone, original.where(visible, filled)])
 
 
 def reconstruction_grid(
@@ -121,6 +120,31 @@ def reconstruction_grid(
     return page.draw()
 
 
+def feature_map_weights(model: nn.Module, title: str = "") -> Tensor:
+    """The learned mixture of encoder feature maps, as a heat map: J decoder blocks x K maps.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    if not getattr(model, "weight_fm", False):
+        raise ValueError(
+            "This model does not weight feature maps: only a CrossMAE trained with --weight_fm "
+            "does."
+        )
+    weights = model.wfm.linear.weight
+    columns = ["input"] * model.use_input + [str(i + 1) for i in model.use_fm]
+    page = Page()
+    if title:
+        page.add_text(title)
+    page.add_text(
+        "Weights of the encoder's feature maps (columns: encoder blocks) in what each decoder "
+        "block (rows) reads. Blue is negative, white 0, red positive."
+    )
+    rows = [f"decoder block {j + 1}" for j in range(len(weights))]
+    page.add_picture(heat_map(weights, rows, columns, signed=True))
+    return page.draw()
+
+
 def share_to_predict(
     model: nn.Module, args, mask_ratio: float, kept_mask_ratio: float | None
 ) -> float:
@@ -138,7 +162,9 @@ def share_to_predict(
         return mask_ratio
     if kept_mask_ratio is not None:
         return kept_mask_ratio
-    return mask_ratio * min(1.0, args.kept_mask_ratio / args.mask_ratio)
+    if mask_ratio == args.mask_ratio:
+        return args.kept_mask_ratio
+    return mask_ratio * (args.kept_mask_ratio / args.mask_ratio)
 
 
 def predicts_a_part(model: nn.Module) -> bool:

@@ -1,37 +1,61 @@
-"""Draw what a pre-training checkpoint reconstructs.
+"""Draw what a pre-training checkpoint does, as a PNG file.
 
     python -m util.visualize --checkpoint C.pth --images FILE_OR_FOLDER [more] --out grid.png
+    python -m util.visualize --checkpoint C.pth --images ... --attention --out attention.png
+    python -m util.visualize --checkpoint C.pth --weights --out weights.png
 
-Size, patch, channels, mean and deviation, norm_pix_loss and mask ratios come from the checkpoint.
+The first draws reconstructions: original, masked, predicted, predicted pasted into the visible
+patches. The second draws which patches a predicted patch reads, the third the weights of the
+encoder's feature maps. Size, patch, channels, mean and deviation, norm_pix_loss and mask ratios
+come from the checkpoint.
 """
 
 import argparse
+import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from util import run, views
+from util import decoder_attention, run, views
 from util.build import load_trained
 from util.checkpoint import CheckpointError
 from util.datasets import build_transform
 from util.distributed import choose_device
 from util.images import find_images, open_image
-from util.pictures import save_png
+from util.pictures import check_png, save_png
+
+logger = logging.getLogger(__name__)
+
+NUM_PATCHES = 3
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m util.visualize", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m util.visualize", description=__doc__.splitlines()[0]
+    )
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="file of main_pretrain.py, or its https or hf:// address",
+        help="of main_pretrain.py: a file, https or hf:// address",
     )
     parser.add_argument("--model", help="name of the model, where the file does not say it")
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="PATH", help="pictures, or folders of them"
     )
     parser.add_argument("--out", required=True, help="PNG file to write")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--attention",
+        action="store_true",
+        help="draw which patches a predicted patch reads in each decoder block",
+    )
+    mode.add_argument(
+        "--weights",
+        action="store_true",
+        help="draw the learned weights of the encoder's feature maps; needs no --images",
+    )
     parser.add_argument(
         "--num_images",
         type=int,
@@ -50,6 +74,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=float,
         help="CrossMAE: share of all patches that is predicted (default: the checkpoint's share of "
         "the hidden ones)",
+    )
+    parser.add_argument(
+        "--num_patches",
+        type=int,
+        help=f"with --attention: predicted patches per picture (default: {NUM_PATCHES})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
@@ -99,21 +128,49 @@ def load_images(paths: list[str], args: argparse.Namespace) -> Tensor:
     return torch.stack([transform(open_image(path, args.in_chans)) for path in paths])
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse flags that would not act.
+
+    Raises:
+        ValueError: with the flag and the remedy.
+    """
+    check_png(args.out)
+    if args.weights:
+        for name in ("images", "mask_ratio", "kept_mask_ratio"):
+            if getattr(args, name):
+                raise ValueError(f"--weights needs no pictures and no masks: leave out --{name}.")
+    if args.num_patches is not None and not args.attention:
+        raise ValueError("--num_patches belongs to --attention: add it, or leave this out.")
+    if args.num_patches is not None and args.num_patches < 1:
+        raise ValueError(f"--num_patches is {args.num_patches}; it must be at least 1.")
+
+
 def main(args: argparse.Namespace) -> None:
-    model, trained = load_pretrained(args.checkpoint, model=args.model)
+    check_args(args)
     device = choose_device(args.device, 0)
-    imgs = load_images(choose_images(args.images, args.num_images), trained).to(device)
-    picture = views.reconstruction_grid(
-        model.to(device),
-        imgs,
-        trained,
-        args.mask_ratio,
-        args.kept_mask_ratio,
-        args.seed,
-        title=f"{trained.model}, {args.checkpoint}",
-    )
+    model, trained = load_pretrained(args.checkpoint, model=args.model)
+    title = f"{trained.model}, {args.checkpoint}"
+    if args.weights:
+        picture = views.feature_map_weights(model, title)
+    else:
+        paths = choose_images(args.images, args.num_images)
+        imgs = load_images(paths, trained).to(device)
+        draw = views.reconstruction_grid
+        if args.attention:
+            draw = partial(
+                decoder_attention.attention_grid, num_patches=args.num_patches or NUM_PATCHES
+            )
+        picture = draw(
+            model.to(device),
+            imgs,
+            trained,
+            args.mask_ratio,
+            args.kept_mask_ratio,
+            args.seed,
+            title,
+        )
     save_png(picture, args.out)
-    print(f"{len(imgs)} pictures in {args.out}, {picture.shape[2]} x {picture.shape[1]} pixels")
+    logger.info("%s: %d x %d pixels", args.out, picture.shape[2], picture.shape[1])
 
 
 if __name__ == "__main__":

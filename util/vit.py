@@ -87,7 +87,7 @@ class ViTBackbone(nn.Module):
             x = self.run(block, x)
             yield x
 
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+    def run(self, block: nn.Module, *inputs) -> Tensor:
         """block(*inputs), through activation checkpointing if that is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -165,8 +165,8 @@ class MaskedAutoencoder(ViTBackbone):
 
     def pixel_target(self, imgs: Tensor, ids_pred: Tensor) -> Tensor:
         """What the decoder should predict at ids_pred (B, P), in float32: (B, P, p*p*C)."""
-        patches = take_patches(imgs, ids_pred, self.patch_embed.patch_size)
-        target = patches.permute(0, 1, 3, 4, 2).flatten(2).float()
+        target = take_patches(imgs, ids_pred, self.patch_embed.patch_size)  # (B, P, C, p, p)
+        target = target.permute(0, 1, 3, 4, 2).flatten(2).float()
         return normalize_patches(target) if self.norm_pix_loss else target
 
     def patchify(self, imgs: Tensor) -> Tensor:
