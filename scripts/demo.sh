@@ -11,35 +11,52 @@ OUT="${1:-$ROOT/output/demo}"
 case "$OUT" in /*) ;; *) OUT="$PWD/$OUT" ;; esac
 MARK="$OUT/.crossmae-demo" # says that the folder is this script's own
 
-started=$SECONDS
-step=0
-next_step() {
-    step=$((step + 1))
-    printf '\n== %d/7  %s  (%d s so far)\n' "$step" "$*" $((SECONDS - started))
-}
-
-# The settings. What pre-training is worth shows where labels are few: 5 per class here.
+# The settings. What pre-training is worth shows where labels are few: 10 per class here.
 pretrain=(
     --model mae_vit_mini_patch4 --input_size 32 --cross_mae --weight_fm --use_input
     --decoder_depth 4 --mask_ratio 0.75 --kept_mask_ratio 0.75 --norm_pix_loss
-    --batch_size 64 --epochs 80 --warmup_epochs 8 --blr 2e-3 --num_workers 0
+    --batch_size 32 --epochs 50 --warmup_epochs 5 --lr 2e-3 --num_workers 1
 )
+classifier=(--model vit_mini_patch4 --input_size 32 --num_workers 1)
 finetune=(
-    --model vit_mini_patch4 --input_size 32 --nb_classes 10 --batch_size 10
-    --epochs 60 --warmup_epochs 5 --lr 1e-3 --layer_decay 0.75 --drop_path 0.1
-    --aa "" --reprob 0 --num_workers 0
+    --batch_size 10 --epochs 25 --warmup_epochs 3 --lr 2e-3 --layer_decay 0.65
+    --drop_path 0 --aa "" --reprob 0
 )
+
+step=0
+next_step() {
+    step=$((step + 1))
+    title="$*"
+    printf '\n== %d/7  %s  (%d s so far)\n' "$step" "$title" $((SECONDS - started))
+}
+
+# Accuracy of the last epoch's weights (not of the best epoch) on the 500 validation pictures.
+evaluate() {
+    python main_finetune.py --eval --resume "$1/checkpoint.pth" "${classifier[@]}" \
+        --batch_size 100 --data_path "$OUT/data/few" | tee "$1/eval.txt"
+}
+accuracy_of() { sed -n 's/.*\* Acc@1 \([0-9.]*\) .*/\1/p' "$1/eval.txt" | tail -n 1; }
+
+# From log.txt, one JSON line per epoch.
+loss_of() {
+    python - "$1/log.txt" <<'END'
+import json, sys
+losses = [json.loads(line)["train_loss"] for line in open(sys.argv[1])]
+print(f"first epoch {losses[0]:.4f}, last epoch {losses[-1]:.4f}")
+END
+}
 
 setup_environment requirements.txt scripts/requirements-demo.txt
 if [ -e "$OUT" ] && [ ! -e "$MARK" ] && [ -n "$(ls -A "$OUT")" ]; then
     stop "$OUT is not empty and not the output of an earlier demo; name another folder."
 fi
-mkdir -p "$OUT" || stop "cannot create the folder $OUT."
+mkdir -p "$OUT" || stop "cannot make the folder $OUT."
 touch "$MARK" || stop "cannot write into $OUT."
 rm -rf "$OUT/pretrain" "$OUT/finetune" "$OUT/scratch" "$OUT/reconstructions.png"
 cd "$ROOT"
 
 started=$SECONDS
+trap 'printf "Stopped in step %d, \"%s\": the reason is above.\n" "$step" "$title" >&2' ERR
 next_step "Pictures: 1,797 handwritten digits as PNG files"
 python -m util.demo_data "$OUT/data"
 
@@ -47,21 +64,15 @@ next_step "Pre-training a small CrossMAE on 1,297 pictures, without their labels
 torchrun --standalone --nproc_per_node=1 main_pretrain.py "${pretrain[@]}" \
     --data_path "$OUT/data" --output_dir "$OUT/pretrain"
 
-next_step "Fine-tuning it with 5 labelled pictures per class"
-torchrun --standalone --nproc_per_node=1 main_finetune.py "${finetune[@]}" \
+next_step "Fine-tuning it with 10 labelled pictures per class"
+torchrun --standalone --nproc_per_node=1 main_finetune.py "${classifier[@]}" "${finetune[@]}" \
     --finetune "$OUT/pretrain/checkpoint.pth" \
     --data_path "$OUT/data/few" --output_dir "$OUT/finetune"
 
 next_step "The same fine-tuning from scratch, to compare"
-torchrun --standalone --nproc_per_node=1 main_finetune.py "${finetune[@]}" \
+torchrun --standalone --nproc_per_node=1 main_finetune.py "${classifier[@]}" "${finetune[@]}" \
     --data_path "$OUT/data/few" --output_dir "$OUT/scratch"
 
-# Accuracy of the last state (not of the best epoch) on the 500 validation pictures.
-evaluate() {
-    python main_finetune.py --eval --resume "$1/checkpoint.pth" --model vit_mini_patch4 \
-        --input_size 32 --nb_classes 10 --batch_size 100 --num_workers 0 \
-        --data_path "$OUT/data/few" | tee "$1/eval.txt"
-}
 next_step "Evaluating both"
 evaluate "$OUT/finetune"
 evaluate "$OUT/scratch"
@@ -70,20 +81,11 @@ next_step "Drawing reconstructions"
 python -m util.visualize --checkpoint "$OUT/pretrain/checkpoint.pth" \
     --images "$OUT/data/val" --out "$OUT/reconstructions.png"
 
-# From log.txt, one JSON line per epoch: the mean loss of the first and of the last epoch.
-losses="$(python - "$OUT/pretrain/log.txt" <<'END'
-import json, sys
-losses = [json.loads(line)["train_loss"] for line in open(sys.argv[1])]
-print(f"first epoch {losses[0]:.4f}, last epoch {losses[-1]:.4f}")
-END
-)"
-accuracy_of() { sed -n 's/.*\* Acc@1 \([0-9.]*\) .*/\1/p' "$1/eval.txt" | tail -n 1; }
-
 next_step "Done"
 cat <<END
-loss        $losses (pre-training)
-accuracy    $(accuracy_of "$OUT/finetune") % with pre-training, $(accuracy_of "$OUT/scratch") % without (same fine-tuning, 500 other pictures)
+loss        $(loss_of "$OUT/pretrain") (pre-training)
+accuracy    $(accuracy_of "$OUT/finetune") % with pre-training, $(accuracy_of "$OUT/scratch") % without it (10 labels per class, 500 other pictures)
 checkpoint  $OUT/finetune/checkpoint.pth
 to look at  TensorBoard folder $OUT/pretrain, picture $OUT/reconstructions.png
-to go on    tensorboard --logdir $OUT
+to go on    cd $(printf %q "$ROOT") && .venv/bin/python main_finetune.py ${classifier[*]} --batch_size 64 --epochs 10 --blr 4e-3 --finetune $(printf '%q --data_path %q --output_dir %q' "$OUT/pretrain/checkpoint.pth" "$OUT/data" "$OUT/finetune-all")
 END

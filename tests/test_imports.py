@@ -1,8 +1,9 @@
 """Who imports whom: read from the source, so that a wrong import fails here and not in a review.
 
 Imports point downwards only: main -> engine, models, util; engine -> util; models -> util; inside
-util by the layers below. Tools (what a user runs with `python -m util.NAME`) stand beside the
-mains: they import downwards and nothing imports them.
+util by the layers below, where a module may also use another one of its own layer. Tools (what a
+user runs with `python -m util.NAME`) stand beside the mains: they import downwards and nothing
+imports them.
 """
 
 import ast
@@ -15,19 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 UTIL_LAYERS = [
     {"attention", "masking", "patches", "pos_embed", "lr_sched", "lr_decay", "optim", "cli"}
-    | {"distributed", "download", "images", "recompute", "signals"},
-    {"blocks", "metrics", "checkpoint", "datasets", "loaders", "run", "state", "train_log"},
-    {"vit"},
+    | {"distributed", "download", "images", "pictures", "recompute", "signals", "textbook"},
+    {"blocks", "metrics", "checkpoint", "datasets", "loaders", "run", "state", "train_log"}
+    | {"views"},
+    {"vit", "compile", "report", "decoder_attention"},
 ]
+MAIN = len(UTIL_LAYERS) + 2  # and tools
 ABOVE_MODELS = {"build"}  # of util: makes models from flags, for the scripts and the tools
-MODEL_PARTS = {
-    "vit",
-    "blocks",
-    "masking",
-    "patches",
-    "pos_embed",
-    "recompute",
-}  # of util, as strict
+# Parts of util that models are made of: as strict as models_*.
+MODEL_PARTS = {"vit", "blocks", "masking", "patches", "pos_embed", "recompute"}
 NOT_FOR_MODELS = {"argparse", "os", "sys", "pathlib", "subprocess", "torch.distributed"}
 
 
@@ -75,14 +72,14 @@ def level(name: str) -> int:
         if short in ABOVE_MODELS:
             return len(UTIL_LAYERS) + 1
         assert is_tool(MODULES[name]), f"{name}: give it a layer in UTIL_LAYERS"
-        return len(UTIL_LAYERS) + 2
+        return MAIN
     kind = name.split("_")[0]
     assert kind in ("models", "engine", "main"), f"{name}: not a name the layout knows"
-    return len(UTIL_LAYERS) + {"models": 0, "engine": 1, "main": 2}[kind]
+    return {"models": len(UTIL_LAYERS), "engine": len(UTIL_LAYERS), "main": MAIN}[kind]
 
 
 def is_main(name: str) -> bool:
-    return level(name) == len(UTIL_LAYERS) + 2
+    return level(name) == MAIN
 
 
 def test_the_modules_were_found():
@@ -92,8 +89,8 @@ def test_the_modules_were_found():
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_downwards(name):
     for other in OWN_IMPORTS[name]:
-        inside_util = name.startswith("util.") and not is_main(name)
-        allowed = level(other) < level(name) or (inside_util and level(other) == level(name))
+        same_layer = level(other) == level(name) < len(UTIL_LAYERS)
+        allowed = level(other) < level(name) or same_layer
         assert allowed, f"{name} imports {other}, which stands above or beside it"
 
 

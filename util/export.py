@@ -24,7 +24,6 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models._hub import save_for_hf  # newer versions have it in timm.models, too
 from torch import Tensor, nn
 
 from util import run
@@ -134,27 +133,13 @@ def timm_name_and_args(model: nn.Module) -> tuple[str, dict]:
     return name, different | {"num_classes": 0, "fc_norm": False} | norm
 
 
-def make_timm(model: nn.Module, trained) -> tuple[nn.Module, str, dict]:
-    """The same network as a stock timm model, its name, and the arguments it was created with.
+def make_timm(model: nn.Module, name: str, options: dict) -> nn.Module:
+    """The same network as a stock timm model.
 
     Raises:
         RuntimeError: outputs differ by more than TOLERANCE.
     """
-    name, options = timm_name_and_args(model)
-    # One of our own, complete: timm's would bring its licence, tag and normalisation along.
-    config = dict(
-        num_classes=options["num_classes"],
-        input_size=(trained.in_chans, *as_size(trained.input_size)),
-        fixed_input_size=True,
-        crop_pct=crop_share(trained),
-        crop_mode="center",
-        interpolation="bicubic",
-        mean=tuple(trained.mean),
-        std=tuple(trained.std),
-        first_conv="patch_embed.proj",
-        classifier="head",
-    )
-    other = timm.create_model(name, pretrained_cfg=config, **options).eval()
+    other = timm.create_model(name, **options).eval()
     weights = model.state_dict()
     if not is_classifier(model):
         wanted = (*ENCODER_PARTS, "norm.")
@@ -164,7 +149,32 @@ def make_timm(model: nn.Module, trained) -> tuple[nn.Module, str, dict]:
     with torch.no_grad():
         ours = model(imgs) if is_classifier(model) else model.forward_features(imgs).cls
         check_close(other(imgs), ours, TOLERANCE, "timm")
-    return other, name, options
+    return other
+
+
+def timm_config(trained, name: str, options: dict, other: nn.Module) -> dict:
+    """What timm's config.json says: how to build the model and how to prepare pictures for it."""
+    config = dict(
+        architecture=name,
+        num_classes=other.num_classes,
+        num_features=other.num_features,
+        global_pool=other.global_pool,
+        model_args=options,
+        pretrained_cfg=dict(
+            num_classes=other.num_classes,
+            input_size=[trained.in_chans, *as_size(trained.input_size)],
+            fixed_input_size=True,
+            crop_pct=crop_share(trained),
+            crop_mode="center",
+            interpolation="bicubic",
+            mean=trained.mean,
+            std=trained.std,
+            first_conv="patch_embed.proj",
+            classifier="head",
+        ),
+    )
+    names = trained.class_names if other.num_classes else []
+    return config | ({"label_names": names} if names else {})
 
 
 def example_images(model: nn.Module, count: int) -> Tensor:
@@ -193,13 +203,13 @@ def write_timm(model: nn.Module, trained, args) -> None:
     """
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out} exists and is not an empty folder; name a new one.")
-    other, name, options = make_timm(model, trained)
-    facts = {}
-    if is_classifier(model) and trained.class_names:
-        facts["label_names"] = trained.class_names
-    save_for_hf(other, str(args.out), facts, model_args=options, safe_serialization=True)
+    name, options = timm_name_and_args(model)
+    other = make_timm(model, name, options)
     config, weights = args.out / "config.json", args.out / "model.safetensors"
-    weights.chmod(config.stat().st_mode)  # else for this user's eyes only
+    with whole_file(weights) as waiting, whole_file(config) as waiting_config:
+        save_file(other.state_dict(), waiting, metadata={"format": "pt"})
+        text = json.dumps(timm_config(trained, name, options, other), indent=2)
+        waiting_config.write_text(text + "\n", encoding="utf-8")
     call = ", ".join([f'"{name}"', *(f"{k}={v!r}" for k, v in options.items())])
     logger.info("Wrote %s and %s, the weights of timm.create_model(%s)", config, weights, call)
 

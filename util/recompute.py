@@ -33,7 +33,8 @@ class LinearAfter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cheap, x: Tensor, weight: Tensor, bias: Tensor, *params: Tensor) -> Tensor:
         device = x.device.type
-        ctx.cheap = cheap
+        # Not through __call__ in backward: the hooks of a module have run in forward.
+        ctx.again = cheap.forward if isinstance(cheap, nn.Module) else cheap
         ctx.amp_dtype = (
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         )
@@ -47,7 +48,7 @@ class LinearAfter(torch.autograd.Function):
         autocast = torch.autocast(x.device.type, ctx.amp_dtype, enabled=ctx.amp_dtype is not None)
         x = x.detach().requires_grad_()
         with torch.enable_grad(), autocast:
-            y = ctx.cheap(x)  # (B, N, D)
+            y = ctx.again(x)  # (B, N, D)
         end, dtype = get_gradient_edge(y), y.dtype
         rows = grad.flatten(0, -2)  # (B * N, out), of the type that the product was done in
         grad_weight = rows.T @ y.detach().to(grad.dtype).flatten(0, -2)

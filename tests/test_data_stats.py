@@ -1,0 +1,188 @@
+"""util/data_stats.py: counts and statistics of folders whose contents are known."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main_finetune
+import main_pretrain
+from util import data_stats
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write(folder: Path, name: str, height: int = 40, width: int = 40, mode: str = "RGB", seed=0):
+    """A picture of noise; returns its pixels in 0..1 as (H, W, C)."""
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    pixels = np.random.RandomState(seed).randint(0, 200, (height, width, *channels), dtype=np.uint8)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(folder / name)
+    return pixels.reshape(height, width, -1) / 255
+
+
+def stats(capsys, folder, *more: str) -> str:
+    flags = [str(folder), "--num_workers", "0", *more]
+    data_stats.main(data_stats.get_args_parser().parse_args(flags))
+    return capsys.readouterr().out
+
+
+def line(text: str, name: str) -> str:
+    return re.search(rf"^  {name} +(.*)$", text, re.MULTILINE)[1]
+
+
+def commands(text: str) -> list[list[str]]:
+    return [shlex.split(row)[1:] for row in text.splitlines() if row.startswith("python")]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_mean_and_deviation(mode, capsys, tmp_path):
+    """Every picture counts the same, whatever its size: against two passes over all pixels."""
+    pictures = [
+        write(tmp_path, f"{i}.png", height, width, mode, seed=i)
+        for i, (height, width) in enumerate([(40, 40), (60, 41), (200, 90)])
+    ]
+    text = stats(capsys, tmp_path)
+    mean = np.mean([p.mean(axis=(0, 1)) for p in pictures], axis=0)
+    std = np.sqrt(np.mean([((p - mean) ** 2).mean(axis=(0, 1)) for p in pictures], axis=0))
+    assert line(text, "mean") == " ".join(f"{x:.4f}" for x in mean)
+    assert line(text, "std") == " ".join(f"{x:.4f}" for x in std)
+    assert line(text, "width") == "min 40, median 41, max 90"
+    assert line(text, "height") == "min 40, median 60, max 200"
+    assert line(text, "modes") == f"{mode} 3" and line(text, "formats") == "PNG 3"
+
+
+def test_kinds_and_unreadable_files(capsys, tmp_path):
+    write(tmp_path, "rgb.png")
+    write(tmp_path, "photo.jpg", seed=1)
+    write(tmp_path, "really_png.png", seed=2)
+    (tmp_path / "really_png.png").rename(tmp_path / "wrong_name.jpg")
+    write(tmp_path, "grey.png", mode="L")
+    Image.new("P", (40, 40)).save(tmp_path / "palette.png")
+    (tmp_path / "empty.jpg").touch()
+    whole = (tmp_path / "photo.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "notes.txt").write_text("not a picture")
+    text = stats(capsys, tmp_path)
+    assert text.startswith(f"{tmp_path}: 7 pictures\n")
+    assert line(text, "formats") == "PNG 4, JPEG 1"
+    assert line(text, "modes") == "RGB 3, L 1, P 1"
+    assert line(text, "channels") == "3 4, 1 1"
+    assert line(text, "unreadable") == "2"
+    assert re.search(rf"^    {tmp_path}/cut.jpg: .*truncated", text, re.MULTILINE)
+    assert re.search(rf"^    {tmp_path}/empty.jpg: \S+", text, re.MULTILINE)
+    assert "mean and std of the 4 pictures with 3 channels" in text
+
+
+def test_classes(capsys, tmp_path):
+    for i in range(6):
+        write(tmp_path, f"train/cat/{i}.png")
+    write(tmp_path, "train/dog/0.png")
+    (tmp_path / "train" / "elk").mkdir()
+    write(tmp_path, "val/cat/0.png")
+    text = stats(capsys, tmp_path)
+    assert line(text, "classes") == "3; pictures min 0, median 1, max 6"
+    assert "cat 6, dog 1, elk 0" in text
+    assert "1 of 3 classes have no image here; classes are unequal: 6 images of cat, 1 of" in text
+    assert "different class folders (such as dog, elk)" in text
+    assert len(commands(text)) == 1  # fine-tuning would be refused
+
+
+def test_no_classes_in_a_flat_folder(capsys, tmp_path):
+    write(tmp_path, "a.png")
+    write(tmp_path, "sub/b.png")
+    assert not re.search("^  classes", stats(capsys, tmp_path), re.MULTILINE)
+
+
+def test_limit(capsys, tmp_path, monkeypatch):
+    """Opens so many, from all classes; counts are of all."""
+    for i in range(10):
+        write(tmp_path, f"{'cat' if i < 5 else 'dog'}/{i}.png", seed=i)
+    opened = []
+    examine = data_stats.examine
+    monkeypatch.setattr(data_stats, "examine", lambda p: opened.append(Path(p).stem) or examine(p))
+    text = stats(capsys, tmp_path, "--limit", "4")
+    assert opened == ["0", "2", "5", "7"]
+    assert "10 pictures" in text and "cat 5, dog 5" in text
+    assert line(text, "opened").startswith("4 of them, evenly spread")
+
+
+def test_grey_pictures_are_noticed(capsys, tmp_path):
+    grey = np.random.RandomState(0).randint(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(grey).convert("RGB").save(tmp_path / "a.png")
+    text = stats(capsys, tmp_path)
+    assert "every picture is grey: --in_chans 1" in text
+    assert len(commands(text)[0][commands(text)[0].index("--mean") :]) > 1
+
+
+@pytest.mark.parametrize(
+    "height, width, mode, size, model, patch, chans",
+    [
+        (32, 32, "RGB", 32, "mini_patch4", None, 3),
+        (28, 30, "L", 32, "mini_patch4", None, 1),
+        (70, 64, "RGB", 64, "mini_patch4", 8, 3),
+        (100, 90, "RGBA", 96, "mini_patch4", 8, 4),
+        (150, 150, "RGB", 128, "small_patch16", None, 3),
+        (300, 280, "RGB", 224, "small_patch16", None, 3),
+        (200, 400, "RGB", (224, 448), "small_patch16", None, 3),
+        (64, 32, "RGB", (64, 32), "mini_patch4", None, 3),
+    ],
+)
+def test_suggested_commands_are_valid(
+    height, width, mode, size, model, patch, chans, capsys, tmp_path
+):
+    """The scripts take them, and the models they name can be built."""
+    folder = tmp_path / "my pictures"
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            write(folder, f"{split}/{label}/0.png", height, width, mode)
+    pretrain, finetune = commands(stats(capsys, folder))
+    assert (pretrain[0], finetune[0]) == ("main_pretrain.py", "main_finetune.py")
+    for script, command, prefix in (
+        (main_pretrain, pretrain, "mae_vit_"),
+        (main_finetune, finetune, "vit_"),
+    ):
+        args = script.get_args_parser().parse_args(command[1:])
+        script.check_args(args)
+        assert args.data_path == str(folder) and args.input_size == size
+        assert args.model == prefix + model and args.patch_size == patch
+        assert args.in_chans == chans == len(args.mean)
+        used = patch or int(re.search(r"\d+$", model)[0])
+        assert all(side % used == 0 for side in np.atleast_1d(size))
+
+
+def test_default_mean_needs_no_flag(capsys, tmp_path):
+    """Pictures with ImageNet's statistics."""
+    half = np.zeros((40, 40, 3))
+    half[:20], half[20:] = np.array([0.485, 0.456, 0.406]) + 0.227, [0.258, 0.229, 0.179]
+    Image.fromarray((255 * half).round().astype(np.uint8)).save(tmp_path / "a.png")
+    (command,) = commands(stats(capsys, tmp_path))
+    assert "--mean" not in command and "--std" not in command
+
+
+@pytest.mark.parametrize(
+    "path, more, sentence",
+    [
+        ("nowhere", [], "no folder .*nowhere"),
+        ("", [], "no picture in"),
+        ("", ["--limit", "0"], "--limit is 0"),
+        ("", ["--num_workers", "-1"], "--num_workers is -1"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(path, more, sentence, capsys, tmp_path):
+    with pytest.raises((FileNotFoundError, ValueError), match=sentence):
+        stats(capsys, tmp_path / path, *more)
+
+
+def test_command_line(image_folder):
+    """As a user calls it, with reading processes."""
+    command = [sys.executable, "-m", "util.data_stats", str(image_folder), "--num_workers", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert line(result.stdout, "formats") == "JPEG 4, PNG 4"
+    assert line(result.stdout, "unreadable") == "0" and len(commands(result.stdout)) == 2

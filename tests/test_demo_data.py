@@ -1,0 +1,119 @@
+"""util/demo_data.py: the split it promises, and how it treats a folder that is already there."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from util import demo_data
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def relative_files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    out_dir = tmp_path_factory.mktemp("demo") / "deep" / "digits"
+    demo_data.write_demo_data(out_dir, labels_per_class=3)
+    return out_dir
+
+
+def test_folders_and_counts(written):
+    counts = Counter(path.rsplit("/", 2)[0] for path in relative_files(written) if "/" in path)
+    assert counts == {"train": 1297, "val": 500, "few/train": 30, "few/val": 500}
+    for folder in counts:
+        assert sorted(path.name for path in (written / folder).iterdir()) == list("0123456789")
+    per_class = Counter(path.parent.name for path in (written / "few/train").glob("*/*.png"))
+    assert set(per_class.values()) == {3}
+
+
+def test_splits_do_not_overlap_and_few_is_a_part_of_train(written):
+    def names(folder):
+        return relative_files(written / folder)
+
+    assert not names("train") & names("val")
+    assert names("few/train") < names("train")
+    assert names("few/val") == names("val")
+
+
+def test_pictures_are_the_scans_enlarged(written):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for index in (0, 1296):
+        path = written / "train" / str(digits.target[index]) / f"digit_{index:04d}.png"
+        with Image.open(path) as image:
+            assert image.mode == "RGB" and image.size == (32, 32)
+            small = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), float)
+        # Averaged back to 8x8 the picture is the scan again, but for the interpolation's blur.
+        scan = digits.images[index] * (255 / 16)
+        assert np.corrcoef(small.ravel(), scan.ravel())[0, 1] > 0.97
+
+
+def test_second_call_writes_nothing(written):
+    before = {path: path.stat().st_mtime_ns for path in written.rglob("*.png")}
+    counts = demo_data.write_demo_data(written, labels_per_class=3)
+    assert counts == {"train": 1297, "val": 500, "few/train": 30, "few/val": 500}
+    assert {path: path.stat().st_mtime_ns for path in written.rglob("*.png")} == before
+
+
+def test_interrupted_or_damaged_folder_is_completed(tmp_path, monkeypatch):
+    out_dir = tmp_path / "digits"
+    monkeypatch.setattr(demo_data, "NUM_TRAIN", 1790)  # leaves 7 for val: less to write
+    demo_data.write_demo_data(out_dir, labels_per_class=1)
+    complete = relative_files(out_dir)
+
+    victim = next((out_dir / "val").glob("*/*.png"))
+    victim.unlink()
+    demo_data.write_demo_data(out_dir, labels_per_class=1)
+    assert relative_files(out_dir) == complete
+
+    record = out_dir / demo_data.RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"complete": False}))
+    victim.write_bytes(b"half a pic")
+    demo_data.write_demo_data(out_dir, labels_per_class=1)
+    Image.open(victim).verify()
+
+
+def test_foreign_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not written by this tool"):
+        demo_data.write_demo_data(tmp_path)
+    assert relative_files(tmp_path) == {"thesis.txt"}
+    with pytest.raises(FileExistsError, match="is a file"):
+        demo_data.write_demo_data(tmp_path / "thesis.txt")
+
+
+def test_other_settings_are_refused(written):
+    with pytest.raises(FileExistsError, match="other settings"):
+        demo_data.write_demo_data(written, labels_per_class=4)
+
+
+@pytest.mark.parametrize("labels_per_class", [0, 1000])
+def test_impossible_number_of_labels_is_refused(tmp_path, labels_per_class):
+    with pytest.raises(ValueError, match=f"--labels_per_class {labels_per_class} is not possible"):
+        demo_data.write_demo_data(tmp_path / "digits", labels_per_class)
+    assert not (tmp_path / "digits").exists()
+
+
+def test_without_scikit_learn_it_says_what_to_install(tmp_path):
+    blocked = "import sys; sys.modules['sklearn'] = None; sys.argv = ['demo_data', sys.argv[1]]; "
+    run = "import runpy; runpy.run_module('util.demo_data', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", blocked + run, str(tmp_path / "digits")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: ") and len(result.stderr.splitlines()) == 1
+    assert "pip install -r scripts/requirements-demo.txt" in result.stderr
+    assert not (tmp_path / "digits").exists()

@@ -1,0 +1,272 @@
+"""util/export.py: what other software makes of our files, beside what our own models compute."""
+
+import json
+import logging
+import subprocess
+import sys
+from argparse import Namespace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import DECODER, ENCODER
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_data_config
+
+import models_cross
+import models_mae
+import models_vit
+from util import export
+from util.build import load_trained
+from util.datasets import build_transform
+
+ROOT = Path(__file__).resolve().parent.parent
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+CLASSES = ["ant", "bee", "cat", "dog", "elk"]
+KINDS = ("cross", "mae", "vit_mean", "vit_cls", "vit_oblong", "vit_grey")
+needs_onnx = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="the optional packages onnx, onnxscript and onnxruntime are not installed",
+)
+
+
+@pytest.fixture
+def save(tmp_path, tiny_cross, tiny_mae, tiny_vit, monkeypatch):
+    """kind -> (checkpoint file, model): tiny models whose every weight is random."""
+    for module, name, cls, sizes in (
+        (models_cross, "mae_vit_tiny", models_cross.MaskedAutoencoderViT, ENCODER | DECODER),
+        (models_mae, "mae_vit_tiny", models_mae.MaskedAutoencoderViT, ENCODER | DECODER),
+        (models_vit, "vit_tiny", models_vit.VisionTransformer, ENCODER),
+    ):
+        monkeypatch.setattr(module, name, partial(cls, **sizes), raising=False)
+
+    def write(kind: str):
+        size, args = 32, dict(model="mae_vit_tiny", decoder_depth=2)
+        if kind == "cross":
+            model = tiny_cross()
+            args |= dict(cross_mae=True, weight_fm=True, use_input=True)
+        elif kind == "mae":
+            model = tiny_mae()
+        else:
+            size = (32, 64) if kind == "vit_oblong" else 32
+            chans = 1 if kind == "vit_grey" else 3
+            model = tiny_vit(img_size=size, in_chans=chans, global_pool=kind != "vit_cls")
+            args = dict(model="vit_tiny", in_chans=chans, mean=MEAN[:chans], std=STD[:chans])
+        random = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():  # norms and biases too, so that none can be mixed up
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
+        args |= dict(input_size=size, patch_size=8, data_path="/home/someone/secret")
+        path = tmp_path / f"{kind}.pth"
+        entries = {"model": model.state_dict(), "args": args, "class_names": CLASSES}
+        torch.save(entries, path)
+        return path, model.eval()
+
+    return write
+
+
+def call(checkpoint: Path, to: str, out: Path, *more: str) -> None:
+    flags = ["--checkpoint", str(checkpoint), "--to", to, "--out", str(out), *more]
+    export.main(export.get_args_parser().parse_args(flags))
+
+
+def noise(model, count: int = 3) -> torch.Tensor:
+    size = model.patch_embed.proj.in_channels, *model.patch_embed.img_size
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stock_timm_model_gives_the_same_outputs(kind, save, tmp_path):
+    """From nothing but the folder: create_model with the arguments in it, strict load, compare."""
+    file, model = save(kind)
+    call(file, "timm", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    theirs = timm.create_model(config["architecture"], **config["model_args"]).eval()
+    theirs.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    assert type(theirs) is timm.models.VisionTransformer
+    imgs = noise(model)
+    with torch.no_grad():
+        features = model.forward_features(imgs)
+        tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
+        torch.testing.assert_close(theirs.forward_features(imgs), tokens, rtol=0, atol=1e-5)
+        expected = model(imgs) if kind.startswith("vit") else features.cls
+        torch.testing.assert_close(theirs(imgs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cross", "mae"])
+def test_timm_encoder_pools_the_mean_when_asked(kind, save, tmp_path):
+    file, model = save(kind)
+    call(file, "timm", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    options = config["model_args"] | {"global_pool": "avg"}
+    theirs = timm.create_model(config["architecture"], **options).eval()
+    theirs.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    imgs = noise(model)
+    with torch.no_grad():
+        expected = model.forward_features(imgs).mean
+        torch.testing.assert_close(theirs(imgs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not hasattr(timm.models._hub, "load_model_config_from_path"),
+    reason=f"timm {timm.__version__} cannot open a folder by name (local-dir:)",
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_timm_opens_the_folder(kind, save, tmp_path):
+    file, model = save(kind)
+    call(file, "timm", tmp_path / "out")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    imgs = noise(model)
+    with torch.no_grad():
+        expected = model(imgs) if kind.startswith("vit") else model.forward_features(imgs).cls
+        torch.testing.assert_close(theirs(imgs), expected, rtol=0, atol=1e-5)
+    if kind.startswith("vit"):
+        assert list(theirs.pretrained_cfg["label_names"]) == CLASSES
+
+
+@pytest.mark.parametrize("kind", ["vit_mean", "vit_oblong"])
+def test_timm_prepares_pictures_as_we_do(kind, save, tmp_path):
+    """The transform that timm builds from config.json, on pictures of several shapes."""
+    file, _ = save(kind)
+    call(file, "timm", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    assert config["mean"] == MEAN and config["std"] == STD and config["crop_pct"] == 0.875
+    assert not {"license", "tag", "hf_hub_id", "url"} & config.keys()  # those are of other weights
+    theirs = create_transform(**resolve_data_config(pretrained_cfg=config))
+    if "bicubic" not in repr(theirs.transforms[0]):
+        pytest.skip(f"timm {timm.__version__} resizes oblong pictures as it likes")
+    ours = build_transform(False, load_trained(file)[1])
+    random = np.random.RandomState(0)
+    for height, width in ((50, 70), (90, 41), (36, 36), (40, 200)):
+        coarse = Image.fromarray(random.randint(0, 256, (5, 5, 3), dtype=np.uint8))
+        picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        torch.testing.assert_close(theirs(picture), ours(picture), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "size, crop", [(224, 0.875), (96, 0.875), (448, 1.0), ((128, 224), 0.875), ((256, 448), 1.0)]
+)
+def test_crop_share(size, crop):
+    assert export.crop_share(Namespace(input_size=size)) == crop
+
+
+def test_crop_that_timm_cannot_say_is_said(caplog):
+    export.crop_share(Namespace(input_size=(128, 256)))
+    assert "crops the side up to 224" in caplog.text
+
+
+@pytest.mark.parametrize("size, patch", [("small", 16), ("base", 16), ("large", 16), ("huge", 14)])
+def test_published_sizes_are_stock_models(size, patch, monkeypatch):
+    """By name, with nothing but head and pooling to set; every key and shape is there."""
+    # Older timm reads numbers out of a tensor while it builds; that one must be real.
+    monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
+    with torch.device("meta"):
+        model = getattr(models_vit, f"vit_{size}_patch{patch}")(global_pool=True)
+        name, options = export.timm_name_and_args(model)
+        theirs = timm.create_model(name, **options)
+    assert name == f"vit_{size}_patch{patch}_224"
+    assert options == {"num_classes": 1000, "global_pool": "avg"}
+    ours = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in theirs.state_dict().items()} == ours
+
+
+def test_timm_does_not_write_into_a_full_folder(save, tmp_path):
+    file, _ = save("vit_mean")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        call(file, "timm", tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_safetensors_say_what_they_are(kind, save, tmp_path):
+    """The file alone is enough to build the model again; nobody's paths are in it."""
+    file, model = save(kind)
+    call(file, "safetensors", tmp_path / "out" / "m.safetensors")
+    with safe_open(tmp_path / "out" / "m.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    assert "secret" not in str(metadata)
+    oblong = kind == "vit_oblong"
+    assert json.loads(metadata["input_size"]) == ([32, 64] if oblong else [32, 32])
+    assert json.loads(metadata["class_names"]) == CLASSES
+    assert json.loads(metadata["patch_size"]) == 8
+    if kind == "vit_mean":
+        assert json.loads(metadata["mean"]) == MEAN and json.loads(metadata["std"]) == STD
+        assert metadata["model"] == "vit_tiny" and metadata["kind"] == "fine-tuned"
+    flags = json.loads(metadata["args"])
+    again, _ = load_trained(tmp_path / "out" / "m.safetensors", **flags)
+    assert all(value.equal(again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "kind, more, names",
+    [
+        ("vit_cls", [], ["logits"]),
+        ("vit_oblong", ["--features"], ["cls", "mean", "patches"]),
+        ("cross", [], ["cls", "mean", "patches"]),
+    ],
+)
+def test_onnxruntime_gives_the_same_outputs(kind, more, names, save, tmp_path, caplog):
+    """For any number of pictures, in one file."""
+    import onnxruntime
+
+    caplog.set_level(logging.INFO)
+    file, model = save(kind)
+    call(file, "onnx", tmp_path / "out" / "m.onnx", *more)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.onnx"]
+    assert "Outputs of onnxruntime" in caplog.text
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "m.onnx"))
+    assert [value.name for value in session.get_outputs()] == names
+    (imgs_in,) = session.get_inputs()
+    assert imgs_in.shape == ["batch", 3, *model.patch_embed.img_size]
+    assert {value.shape[0] for value in session.get_outputs()} == {"batch"}
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == CLASSES and "secret" not in str(metadata)
+    for count in (1, 5):
+        imgs = noise(model, count)
+        found = session.run(None, {"imgs": imgs.numpy()})
+        with torch.no_grad():
+            features = model.forward_features(imgs)
+            expected = [model(imgs)] if not more and kind == "vit_cls" else None
+        expected = expected or [features.cls, features.mean, features.patches]
+        for theirs, ours in zip(found, expected, strict=True):
+            np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_missing_packages_are_named(save, tmp_path, monkeypatch):
+    file, _ = save("vit_mean")
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs onnx and onnxscript: pip install onnx onnxscript"):
+        call(file, "onnx", tmp_path / "m.onnx")
+
+
+def test_a_flag_that_would_not_act_is_refused(save, tmp_path):
+    file, _ = save("vit_mean")
+    with pytest.raises(ValueError, match="--features belongs to --to onnx"):
+        call(file, "timm", tmp_path / "out", "--features")
+
+
+def test_other_outputs_are_noticed():
+    with pytest.raises(RuntimeError, match="Outputs of timm differ from ours by 1.00e-04"):
+        export.check_close(torch.tensor([1.0001]), torch.tensor([1.0]), 1e-5, "timm")
+    with pytest.raises(RuntimeError, match="differ"):
+        export.check_close(torch.tensor([torch.nan]), torch.tensor([1.0]), 1e-5, "timm")
+
+
+def test_command_line(tmp_path):
+    """As a user calls it, for the model of the small recipes."""
+    torch.manual_seed(0)
+    model = models_vit.vit_mini_patch4(img_size=32, patch_size=16, num_classes=3, global_pool=True)
+    args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
+    command = [sys.executable, "-m", "util.export", "--checkpoint", str(tmp_path / "c.pth")]
+    command += ["--to", "timm", "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert "Outputs of timm are ours" in result.stdout
+    assert 'timm.create_model("vit_base_patch16_224", img_size=(32, 32)' in result.stdout

@@ -1,0 +1,163 @@
+"""util/extract.py: what is written, for class folders, loose files, and when something is wrong."""
+
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DECODER, ENCODER
+from PIL import Image
+
+import models_cross
+import models_vit
+from util import extract, run
+
+ROOT = Path(__file__).resolve().parent.parent
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+
+
+@pytest.fixture
+def checkpoints(tmp_path, tiny_cross, tiny_vit, monkeypatch):
+    """{name: (file, model)} of tiny models, which the tools know by name for this test."""
+    cross = partial(models_cross.MaskedAutoencoderViT, **ENCODER, **DECODER)
+    monkeypatch.setattr(models_cross, "mae_vit_tiny", cross, raising=False)
+    vit = partial(models_vit.VisionTransformer, **ENCODER)
+    monkeypatch.setattr(models_vit, "vit_tiny", vit, raising=False)
+    shared = dict(input_size=32, patch_size=8, in_chans=3, mean=MEAN, std=STD)
+    flags = dict(cross_mae=True, weight_fm=True, use_input=True, decoder_depth=2)
+    files = {}
+    for name, model, args in (
+        ("cross", tiny_cross(), dict(model="mae_vit_tiny", **flags)),
+        ("vit", tiny_vit(), dict(model="vit_tiny")),
+    ):
+        file = tmp_path / f"{name}.pth"
+        torch.save({"model": model.state_dict(), "args": shared | args}, file)
+        files[name] = file, model.eval()
+    return files
+
+
+def call(checkpoint, data, out, *more) -> None:
+    data = data if isinstance(data, list) else [data]
+    flags = ["--checkpoint", checkpoint, "--data", *data, "--out", out, *more]
+    flags = [*map(str, flags), "--num_workers", "0", "--device", "cpu"]
+    extract.main(extract.get_args_parser().parse_args(flags))
+
+
+def by_hand(model, paths) -> torch.Tensor:
+    """Output of the last block, one picture at a time, prepared with Pillow and numpy alone."""
+    tokens = []
+    for path in paths:
+        with Image.open(path) as picture:
+            picture = picture.convert("RGB")
+        scale = 36 / min(picture.size)
+        picture = picture.resize([int(s * scale) for s in picture.size], Image.Resampling.BICUBIC)
+        left, top = (round((s - 32) / 2) for s in picture.size)
+        pixels = np.asarray(picture.crop((left, top, left + 32, top + 32))) / 255
+        image = torch.from_numpy((pixels - MEAN) / STD).float().permute(2, 0, 1)[None]
+        patches = torch.nn.functional.conv2d(
+            image, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=8
+        )
+        x = torch.cat([model.cls_token, patches.flatten(2).transpose(1, 2)], 1) + model.pos_embed
+        for block in model.blocks:
+            x = block(x)
+        tokens.append(x.detach())
+    return torch.cat(tokens)
+
+
+@pytest.mark.parametrize("kind", ["cross", "vit"])
+def test_class_folders(kind, checkpoints, image_folder, tmp_path):
+    file, model = checkpoints[kind]
+    val = image_folder / "val"
+    call(file, val, tmp_path / "f.npz")
+    found = np.load(tmp_path / "f.npz")  # refuses pickled objects
+    names = ["0.jpg", "1.png", "2.jpg", "3.png"]
+    assert found["files"].tolist() == [f"{c}/{name}" for c in "ab" for name in names]
+    assert found["labels"].tolist() == [0] * 4 + [1] * 4
+    assert found["classes"].tolist() == ["a", "b"]
+    tokens = by_hand(model, [val / name for name in found["files"]])
+    assert found["which"] == {"cross": "cls", "vit": "mean"}[kind]
+    expected = tokens[:, 0] if kind == "cross" else tokens[:, 1:].mean(dim=1)
+    np.testing.assert_allclose(found["features"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_forms_agree_and_nothing_is_left_to_chance(checkpoints, image_folder, tmp_path):
+    """.npy is .npz; a second call gives the same bits."""
+    file, _ = checkpoints["cross"]
+    call(file, image_folder / "val", tmp_path / "a.npz", "--which", "patches")
+    first = np.load(tmp_path / "a.npz")
+    assert first["features"].shape == (8, 16, 32) and first["features"].dtype == np.float32
+    call(file, image_folder / "val", tmp_path / "b.npy", "--which", "patches")
+    mapped = np.load(tmp_path / "b.npy", mmap_mode="r")
+    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, first["features"])
+    assert (tmp_path / "b.txt").read_text().splitlines() == first["files"].tolist()
+    call(file, image_folder / "val", tmp_path / "c.npz", "--batch_size", "3", "--which", "mean")
+    mean = np.load(tmp_path / "c.npz")["features"]
+    np.testing.assert_allclose(mean, first["features"].mean(axis=1), rtol=1e-4, atol=1e-5)
+    call(file, image_folder / "val", tmp_path / "d.npz", "--batch_size", "3", "--which", "mean")
+    assert np.array_equal(np.load(tmp_path / "d.npz")["features"], mean)
+
+
+def test_files_and_flat_folders_have_no_labels(checkpoints, image_folder, tmp_path):
+    file, _ = checkpoints["vit"]
+    call(file, image_folder / "val" / "b", tmp_path / "flat.npz")
+    flat = np.load(tmp_path / "flat.npz")
+    assert flat["files"].tolist() == ["0.jpg", "1.png", "2.jpg", "3.png"]
+    named = [image_folder / "val" / "b" / "3.png", image_folder / "val" / "b" / "0.jpg"]
+    call(file, named, tmp_path / "named.npz")
+    few = np.load(tmp_path / "named.npz")
+    assert few["files"].tolist() == [str(path) for path in named]
+    np.testing.assert_allclose(few["features"], flat["features"][[3, 0]], atol=1e-6)
+    assert "labels" not in {*flat.keys(), *few.keys()}
+    call(file, [image_folder / "train", image_folder / "val"], tmp_path / "both.npz")
+    assert len(np.load(tmp_path / "both.npz")["files"]) == 16
+
+
+@pytest.mark.parametrize(
+    "data, out, sentence",
+    [
+        ("val", "f.csv", "must end in .npz, or in .npy"),
+        ("", "f.npz", "holds train and val: name the one you want"),
+        ("nothing", "f.npz", "no file or folder"),
+        ("val", "", "Cannot write .* it is a folder"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(data, out, sentence, checkpoints, image_folder, tmp_path):
+    folder = tmp_path / "folder.npz"
+    folder.mkdir()
+    flags = ["--checkpoint", checkpoints["vit"][0], "--data", image_folder / data]
+    flags += ["--out", tmp_path / out if out else folder, "--device", "cpu", "--num_workers", "0"]
+    args = extract.get_args_parser().parse_args([str(flag) for flag in flags])
+    with pytest.raises((ValueError, OSError)) as caught:
+        extract.main(args)
+    assert re.search(sentence, str(caught.value)) and run.is_meant_for_users(caught.value)
+
+
+@pytest.mark.parametrize("form", ["npz", "npy"])
+def test_a_bad_picture_is_named_and_leaves_no_half_file(form, checkpoints, image_folder, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    good = (image_folder / "val" / "a" / "0.jpg").read_bytes()
+    (folder / "a.jpg").write_bytes(good)
+    (folder / "b.jpg").write_bytes(good[: len(good) // 2])
+    with pytest.raises(RuntimeError, match="Cannot read the image .*b.jpg"):
+        call(checkpoints["vit"][0], folder, tmp_path / "out" / f"f.{form}", "--batch_size", "1")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_command_line(image_folder, tmp_path):
+    """As a user calls it, through loader processes; a pipe gets no bar."""
+    torch.manual_seed(0)
+    model = models_vit.vit_mini_patch4(img_size=32, patch_size=16, num_classes=2)
+    args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
+    command = [sys.executable, "-m", "util.extract", "--checkpoint", str(tmp_path / "c.pth")]
+    command += ["--data", str(image_folder / "val"), "--out", str(tmp_path / "f.npz")]
+    command += ["--num_workers", "1", "--device", "cpu"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "" and "8 pictures of 2 classes" in result.stdout
+    assert np.load(tmp_path / "f.npz")["features"].shape == (8, 128)

@@ -1,0 +1,146 @@
+"""util/knn.py: the vote against a double loop, and what is said when the data does not fit."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from models_vit import vit_mini_patch4
+from util import knn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def random_set(count: int, num_classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (count,), generator=random)
+    features = torch.randn(count, 12, generator=random) + 2 * F.one_hot(labels, 12)
+    return features * (1 + torch.rand(count, 1, generator=random)), labels
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def naive_accuracy(train, val, k: int, temperature: float) -> tuple[float, float]:
+    """The definition: sort all training pictures, add up the votes, look for the label."""
+    right1 = right5 = 0
+    for query, label in zip(*(x.tolist() for x in val), strict=True):
+        near = [(cosine(query, row), owner) for row, owner in zip(*train, strict=True)]
+        votes = {}
+        for similarity, owner in sorted(near, reverse=True)[:k]:
+            votes[owner] = votes.get(owner, 0) + math.exp(similarity / temperature)
+        ranked = sorted(votes, key=votes.get, reverse=True)
+        right1 += label == ranked[0]
+        right5 += label in ranked[:5]
+    return 100 * right1 / len(val[0]), 100 * right5 / len(val[0])
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_equals_a_double_loop(chunk, temperature):
+    num_classes, ks = 8, [1, 3, 20, 60]
+    train, val = random_set(60, num_classes, 0), random_set(40, num_classes, 1)
+    batches = zip(val[0].split(16), val[1].split(16), strict=True)
+    found = knn.measure_knn(*train, batches, ks, temperature, num_classes, chunk)
+    rows = train[0].tolist(), train[1].tolist()
+    for k in ks:
+        assert found[k] == pytest.approx(naive_accuracy(rows, val, k, temperature))
+    assert 0 < found[1][0] < 100 and found[1][0] == found[1][1]  # one neighbour, one guess
+
+
+def test_nearest_are_those_of_a_full_sort():
+    queries, bank = (F.normalize(random_set(n, 5, n)[0], dim=1) for n in (9, 50))
+    near, ids = knn.find_nearest(queries, bank, 13, chunk=8)
+    expected = (queries.double() @ bank.double().T).sort(dim=1, descending=True)
+    assert ids.equal(expected.indices[:, :13])
+    torch.testing.assert_close(near.double(), expected.values[:, :13], rtol=0, atol=1e-6)
+
+
+def test_separable_features_are_all_right():
+    centres = F.normalize(torch.randn(10, 16, generator=torch.Generator().manual_seed(3)), dim=1)
+    labels = torch.arange(200) % 10
+    noise = 0.02 * torch.randn(2, 200, 16, generator=torch.Generator().manual_seed(4))
+    train, val = centres[labels] + noise[0], 5 * (centres[labels] + noise[1])
+    found = knn.measure_knn(train, labels, [(val, labels)], [1, 5, 20], 0.07, 10)
+    assert set(found.values()) == {(100.0, 100.0)}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_no_temperature_overflows(temperature):
+    """Cold: the nearest decides. Hot: a majority vote."""
+    near, labels = torch.tensor([[0.9, 0.8, 0.7]]), torch.tensor([[2, 1, 1]])
+    scores = knn.vote(near, labels, 4, temperature)
+    assert scores.isfinite().all() and scores.argmax() == (2 if temperature < 1 else 1)
+
+
+def test_a_class_without_a_vote_is_no_guess():
+    scores = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0, 0.0]])
+    right = {k: knn.count_correct(scores, torch.tensor([k])).tolist() for k in range(6)}
+    assert right == {0: [0, 0], 1: [1, 1], 2: [0, 0], 3: [0, 1], 4: [0, 0], 5: [0, 0]}
+
+
+def test_too_many_neighbours(caplog):
+    assert knn.choose_ks([100, 5, 1, 5], 20) == [1, 5]
+    assert "Left out k = 100: there are 20 training pictures" in caplog.text
+    with pytest.raises(ValueError, match="--k 0 30 does not fit 20 training pictures"):
+        knn.choose_ks([0, 30], 20)
+
+
+def write_data(folder: Path, splits: dict[str, list[str]], count: int = 4) -> None:
+    """Pictures that even an untrained network tells apart: each class of another colour."""
+    colours = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230)}
+    random = np.random.RandomState(0)
+    for split, classes in splits.items():
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                noise = random.randint(-20, 20, (40, 36, 3))
+                pixels = np.clip(np.array(colours[name]) + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+
+
+def test_different_classes_are_refused(tmp_path):
+    write_data(tmp_path, {"train": ["red", "green"], "val": ["red", "blue"]}, count=1)
+    with pytest.raises(ValueError, match=r"different class folders \(such as blue, green\)"):
+        knn.find_split(str(tmp_path))
+
+
+@pytest.mark.parametrize("temperature", ["0", "-1"])
+def test_temperature_must_be_positive(temperature):
+    flags = ["--checkpoint", "c", "--data_path", "d", f"--temperature={temperature}"]
+    with pytest.raises(ValueError, match="--temperature is .*above 0"):
+        knn.main(knn.get_args_parser().parse_args(flags))
+
+
+def test_command_line(tmp_path):
+    """As a user calls it: a line per k, one of JSON at the end, and nothing else in a pipe."""
+    write_data(tmp_path / "data", dict.fromkeys(("train", "val"), ["red", "green", "blue"]))
+    torch.manual_seed(0)
+    model = vit_mini_patch4(img_size=32, patch_size=16, num_classes=3)
+    args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
+    command = [sys.executable, "-m", "util.knn", "--checkpoint", str(tmp_path / "c.pth")]
+    command += ["--data_path", str(tmp_path / "data"), "--k", "1", "3", "50", "--json"]
+    command += ["--num_workers", "0", "--device", "cpu", "--which", "cls"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("kNN")] == [
+        "kNN k=1 T=0.07: Acc@1 100.000 Acc@5 100.000",
+        "kNN k=3 T=0.07: Acc@1 100.000 Acc@5 100.000",
+    ]
+    assert re.search(r"evaluation transform.*no augmentation", result.stdout)
+    assert "Left out k = 50" in result.stdout and "Acc@5 says nothing" in result.stdout
+    facts = json.loads(lines[-1])
+    assert facts["which"] == "cls" and facts["train"] == facts["val"] == 12
+    assert facts["knn"][1] == {"k": 3, "acc1": 100.0, "acc5": 100.0}
