@@ -7,7 +7,6 @@ import argparse
 import logging
 from pathlib import Path
 
-import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
@@ -15,16 +14,30 @@ from torch import nn
 from engine_finetune import evaluate, train_one_epoch
 from util import run
 from util.attention import get_attend
-from util.build import build_classifier
+from util.build import build_classifier, load_trained
 from util.checkpoint import load_encoder, load_model, read_checkpoint, weights_of
 from util.cli import check_shared, prepare_output, shared_parser
+from util.compile import compile_blocks
 from util.datasets import build_dataset
 from util.distributed import wrap_ddp
 from util.images import find_classes
 from util.loaders import build_eval_loader, build_train_loader
 from util.lr_decay import param_groups_lrd
-from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
+from util.optim import (
+    NativeScalerWithGradNormCount,
+    build_adamw,
+    build_lars,
+    choose_amp_dtype,
+)
+from util.report import (
+    count_confusion,
+    list_files,
+    name_classes,
+    predict_files,
+    write_report,
+)
 from util.state import RunState
+from util.vit import as_size
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +130,52 @@ def get_args_parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--dist_eval", action="store_true", help="split the validation set over the processes"
     )
+    evaluation.add_argument(
+        "--report",
+        default="",
+        metavar="FOLDER",
+        help="with --eval: per-class accuracy and confusion matrix as CSV and PNG files",
+    )
+    evaluation.add_argument(
+        "--predict",
+        default="",
+        metavar="FOLDER",
+        help="classify the pictures below FOLDER with the --resume checkpoint; needs no labels and "
+        "writes predictions.csv to the output folder",
+    )
+
+    probe = parser.add_argument_group("linear probe")
+    probe.add_argument(
+        "--linear_probe",
+        action="store_true",
+        help="train a linear classifier on the frozen encoder of --finetune, with MAE's recipe as "
+        "defaults: LARS, blr 0.1, no weight decay, 90 epochs, warm-up 10, crop and flip only, "
+        "class token",
+    )
     parser.set_defaults(global_pool=True)
     return parser
+
+
+LINEAR_PROBE = dict(  # arXiv 2111.06377, appendix A.1, with a batch of 16384
+    blr=0.1,
+    weight_decay=0.0,
+    epochs=90,
+    warmup_epochs=10,
+    min_lr=0.0,
+    drop_path=0.0,
+    smoothing=0.0,
+    aa="",
+    reprob=0.0,
+    global_pool=False,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of the command line; --linear_probe changes the defaults of the others."""
+    parser = get_args_parser()
+    if parser.parse_args(argv).linear_probe:
+        parser.set_defaults(**LINEAR_PROBE)
+    return parser.parse_args(argv)
 
 
 def build_criterion(args):
@@ -149,8 +206,16 @@ def check_args(args) -> None:
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not args.eval:
         raise ValueError(f"Mixup pairs images: --batch_size {args.batch_size} must be even.")
-    if args.eval and not args.resume:
-        raise ValueError("--eval needs the checkpoint to evaluate: add --resume FILE.")
+    if (args.eval or args.predict) and args.resume in ("", "auto"):
+        raise ValueError("--eval and --predict need a fine-tuned checkpoint: add --resume FILE.")
+    if args.report and not args.eval:
+        raise ValueError("--report describes an evaluation: add --eval --resume FILE.")
+    if args.linear_probe and (mixes or args.drop_path):
+        raise ValueError("--linear_probe trains a frozen encoder: leave out mixup and drop path.")
+    if args.linear_probe and not (args.finetune or args.resume):
+        raise ValueError("--linear_probe needs a pre-trained encoder: add --finetune FILE.")
+    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
+        raise ValueError("--cutmix_minmax takes two shares, the least and the largest.")
     if not 0 <= args.drop_path < 1:
         raise ValueError(f"--drop_path is {args.drop_path}; it must be at least 0 and below 1.")
     if not 0 <= args.smoothing < 1:
@@ -194,10 +259,15 @@ def main(args) -> None:
     """One fine-tuning run, or one evaluation."""
     check_args(args)
     run.start_run(args)
+    if args.predict:
+        predict(args)
+        return
     check_classes(args)
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attend = get_attend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_classifier(args, attend)
+    if args.linear_probe:
+        model.freeze_for_probe()
     if args.eval:
         evaluate_checkpoint(args, model)
         return
@@ -206,8 +276,7 @@ def main(args) -> None:
     prepare_output(args)
     lr_text = run.set_lr(args)
     model.to(args.device)
-    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
-    optimizer = build_adamw(groups, args.lr, betas=(0.9, 0.999))
+    optimizer = build_optimizer(args, model)
     loss_scaler = NativeScalerWithGradNormCount(amp_dtype, args.device.type)
     state = RunState(args, model, optimizer, loss_scaler)
     if args.resume:
@@ -217,16 +286,23 @@ def main(args) -> None:
     train_loader = build_train_loader(train_set, args)
     val_loader = build_eval_loader(val_set, args, args.dist_eval)
     state.class_names = train_set.classes
-    criterion, mixup_fn = build_criterion(args)
     data_text = (
         f"{len(train_set)} training and {len(val_set)} validation images of {args.nb_classes} "
         f"classes in {args.data_path}, {len(train_loader)} batches per epoch"
     )
     run.report_start(args, model, lr_text, attend.name, data_text)
+    train(args, state, train_loader, val_loader)
+
+
+def train(args, state: RunState, train_loader, val_loader) -> None:
+    """The epochs: train, evaluate, log, save."""
+    model = state.model
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("number of params (M): %.2f", num_trainable / 1e6)
+    criterion, mixup_fn = build_criterion(args)
+    if args.compile:
+        compile_blocks(model)
     ddp_model = wrap_ddp(model, args.device, find_unused_parameters=False)
-
     with run.recording(args, state, len(train_loader)) as writer:
         for epoch in range(state.epoch, args.epochs):
             train_loader.set_epoch(epoch, state.iteration)
@@ -234,10 +310,10 @@ def main(args) -> None:
                 ddp_model,
                 criterion,
                 train_loader,
-                optimizer,
+                state.optimizer,
                 args.device,
                 epoch,
-                loss_scaler,
+                state.loss_scaler,
                 args.clip_grad,
                 mixup_fn,
                 writer,
@@ -245,7 +321,7 @@ def main(args) -> None:
                 state,
             )
             test_stats = evaluate(val_loader, model, args.device, args.amp)
-            report_accuracy(len(val_set), test_stats)
+            report_accuracy(len(val_loader.dataset), test_stats)
             if writer is not None:
                 for name in ("acc1", "acc5", "loss"):
                     writer.add_scalar(f"perf/test_{name}", test_stats[name], epoch)
@@ -256,8 +332,16 @@ def main(args) -> None:
             logger.info("Max accuracy: %.2f%%", state.best)
 
 
+def build_optimizer(args, model):
+    """AdamW with layer-wise rates; for a linear probe LARS on the head alone."""
+    if args.linear_probe:
+        return build_lars(model.head.parameters(), args.lr, args.weight_decay)
+    groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)
+    return build_adamw(groups, args.lr, betas=(0.9, 0.999))
+
+
 def evaluate_checkpoint(args, model) -> None:
-    """--eval: accuracy of the --resume checkpoint on DATA/val."""
+    """--eval: accuracy of the --resume checkpoint on DATA/val, and the --report."""
     checkpoint = load_model(args, model)
     model.to(args.device)
     val_set = build_dataset(False, args)
@@ -268,17 +352,40 @@ def evaluate_checkpoint(args, model) -> None:
             f"{args.resume} was trained on other classes than {args.data_path}/val has (such as "
             f"{', '.join(odd[:3])}); evaluate on the data set it belongs to."
         )
-    stats = evaluate(build_eval_loader(val_set, args, args.dist_eval), model, args.device, args.amp)
+    loader = build_eval_loader(val_set, args, args.dist_eval)
+    stats = evaluate(loader, model, args.device, args.amp)
     report_accuracy(len(val_set), stats)
+    if args.report:
+        split = args.dist_eval
+        matrix = count_confusion(loader, model, args.nb_classes, args.device, args.amp, split)
+        if args.rank == 0:
+            for note in write_report(args.report, matrix, val_set.classes):
+                logger.info("%s", note)
+            logger.info("Report in %s", args.report)
+
+
+def predict(args) -> None:
+    """--predict: classes of unlabelled pictures, from all that the checkpoint says of itself."""
+    model, trained = load_trained(args.resume, model=args.model)
+    for name in ("device", "amp", "batch_size", "num_workers", "pin_mem", "prefetch"):
+        setattr(trained, name, getattr(args, name))
+    prepare_output(args)
+    out = Path(args.output_dir or ".", "predictions.csv")
+    if args.rank == 0:
+        classes = name_classes(trained, trained.nb_classes)
+        predict_files(model.to(args.device), list_files([args.predict]), classes, trained, out)
+        logger.info("Predictions in %s", out)
 
 
 def start_from_pretrained(model, source: str) -> None:
     """Load a pre-trained encoder and give the classifier a small random head."""
     checkpoint = read_checkpoint(source)
     logger.info("Load pre-trained checkpoint from: %s", source)
-    load_encoder(model, weights_of(checkpoint, source))
-    with torch.no_grad():
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    args = checkpoint.get("args", {})
+    size, patch_size = as_size(args.get("input_size") or 0), model.patch_embed.patch_size
+    grid = (size[0] // patch_size, size[1] // patch_size) if all(size) else None
+    load_encoder(model, weights_of(checkpoint, source), grid)
+    model.start_head()
 
 
 def report_accuracy(num_images: int, stats: dict[str, float]) -> None:
@@ -286,4 +393,4 @@ def report_accuracy(num_images: int, stats: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    run.run(main, get_args_parser().parse_args())
+    run.run(main, parse_args())

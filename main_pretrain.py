@@ -12,6 +12,7 @@ from util.attention import get_attend
 from util.build import build_pretrain_model
 from util.checkpoint import load_matching
 from util.cli import check_shared, prepare_output, shared_parser
+from util.compile import compile_blocks
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.loaders import build_train_loader
@@ -119,6 +120,9 @@ def check_args(args) -> None:
         raise ValueError(
             "--init_from starts a run and --resume goes on with one: give one of them."
         )
+    for name in ("mask_ratio", "kept_mask_ratio"):  # both enter the rate, for the baseline too
+        if not 0 < getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must lie between 0 and 1.")
     if args.decoder_depth < 1:
         raise ValueError(f"--decoder_depth is {args.decoder_depth}; it must be at least 1.")
     if not args.cross_mae:
@@ -167,6 +171,8 @@ def main(args) -> None:
     state.class_names = dataset.classes
     data_text = f"{len(dataset)} images in {args.data_path}, {len(loader)} batches per epoch"
     run.report_start(args, model, lr_text, attend.name, data_text)
+    if args.compile:
+        compile_blocks(model)
     unused = args.find_unused_parameters or getattr(model, "has_unused_blocks", False)
     ddp_model = wrap_ddp(model, args.device, unused)
 

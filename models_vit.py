@@ -63,6 +63,21 @@ class VisionTransformer(ViTBackbone):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
 
+    def start_head(self) -> None:
+        """Start values of the head for a pre-trained encoder, as in the public recipes."""
+        if isinstance(self.head, nn.Sequential):  # of a linear probe
+            nn.init.trunc_normal_(self.head[1].weight, std=0.01)
+        else:
+            nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    def freeze_for_probe(self) -> None:
+        """Train nothing but the head, which gets a BatchNorm without weights in front (MAE,
+        A.1).
+        """
+        self.requires_grad_(False)
+        norm = nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6)
+        self.head = nn.Sequential(norm, self.head.requires_grad_(True))
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed although they have several dimensions."""
         return {"cls_token", "pos_embed"}

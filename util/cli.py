@@ -46,6 +46,11 @@ def shared_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep only block inputs and run every block again in backward: less memory, slower",
     )
+    model.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile every transformer block; the first step then takes minutes",
+    )
 
     optim = parser.add_argument_group("optimisation")
     optim.add_argument(
@@ -140,8 +145,8 @@ def shared_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--resume",
         default="",
-        help="checkpoint to go on from: a file, an https or hf:// address, or `auto` for the newest "
-        "complete one in the output folder",
+        help="checkpoint to go on from: a file, an https or hf:// address, or `auto` for the "
+        "newest complete one in the output folder",
     )
     run.add_argument(
         "--save_every", type=int, default=1, help="epochs between checkpoint.pth (default: 1)"
@@ -230,6 +235,8 @@ def check_shared(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative.")
+    if args.compile and args.grad_checkpointing:
+        raise ValueError("--compile plans memory itself: leave out --grad_checkpointing.")
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("--resume auto looks in the output folder: give --output_dir.")
     fill_channels(args)

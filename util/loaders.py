@@ -78,6 +78,10 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def dataset(self) -> Dataset:
+        return self.loader.dataset
+
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Choose the epoch, and the batch of it to begin with."""
         self.loader.batch_sampler.set_epoch(epoch, first)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from timm.optim import Lars
 from torch import Tensor, nn
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -29,6 +30,16 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
 def build_adamw(param_groups: list[dict], lr: float, betas: tuple[float, float]):
     """AdamW in its fused form: one pass over the parameters per update, on CPU and GPU."""
     return torch.optim.AdamW(param_groups, lr=lr, betas=betas, fused=True)
+
+
+def build_lars(parameters, lr: float, weight_decay: float):
+    """LARS for the linear probe (arXiv 1708.03888): momentum 0.9, adapted for matrices only."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return Lars(groups, lr=lr, momentum=0.9, weight_decay=weight_decay)
 
 
 class NativeScalerWithGradNormCount:

@@ -1,0 +1,168 @@
+"""The path of a researcher with the real commands: pre-train, fine-tune, evaluate, on real
+files.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parity_data import read_json
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_finetune
+import main_pretrain
+from util import run
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--input_size 32 --batch_size 2 --epochs 2 --warmup_epochs 1 --num_workers 1".split()
+PRETRAIN = ["--model", "mae_vit_mini_patch4", "--decoder_depth", "1", "--norm_pix_loss", *SMALL]
+CROSS = ["--cross_mae", "--weight_fm", "--use_input"]
+FINETUNE = ["--model", "vit_mini_patch4", *SMALL]
+
+
+def call(*command: str, processes: int = 0) -> str:
+    """Run a script of the project as a user would; its output. processes > 0: through torchrun."""
+    launcher = [sys.executable]
+    if processes:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher = [*torchrun, f"--nproc_per_node={processes}"]
+    result = subprocess.run(
+        [*launcher, *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, image_folder):
+    """Folder with a pre-trained (2 processes) and a fine-tuned (2 processes) run, and their
+    output.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    data = ["--data_path", str(image_folder)]
+    out = {}
+    out["pretrain"] = call(
+        "main_pretrain.py", *PRETRAIN, *CROSS, *data, "--output_dir", f"{folder}/pre", processes=2
+    )
+    pretrained = ["--finetune", f"{folder}/pre/checkpoint.pth"]
+    out["finetune"] = call(
+        *["main_finetune.py", *FINETUNE, *data, *pretrained, "--dist_eval"],
+        *["--mixup", "0.8", "--cutmix", "1.0", "--output_dir", f"{folder}/fine"],
+        processes=2,
+    )
+    return folder, out
+
+
+def test_pretraining_writes_what_users_look_for(finished):
+    folder, out = finished
+    formats = read_json("formats")
+    lines = [json.loads(line) for line in (folder / "pre/log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert set(formats["log_txt"]["pretrain_keys"]) <= set(lines[0])
+    checkpoint = torch.load(folder / "pre/checkpoint.pth", weights_only=True)
+    assert set(formats["checkpoint"]["keys"]) <= set(checkpoint) and checkpoint["epoch"] == 1
+    assert (folder / "pre/checkpoint-0.pth").exists()
+    events = EventAccumulator(str(folder / "pre")).Reload()
+    assert set(formats["tensorboard"]["pretrain"]) <= set(events.Tags()["scalars"])
+    assert len(re.findall(formats["train_lines"]["regex"], out["pretrain"])) >= 4
+    for line in ("base lr: 1.00e-03", "effective batch size: 4", "Start training for 2 epochs"):
+        assert line in out["pretrain"]
+    assert "lr = 0.001 × 4/256 × 0.75/0.75 = 1.56e-05" in out["pretrain"]
+
+
+def test_fine_tuning_writes_what_users_look_for(finished):
+    folder, out = finished
+    formats = read_json("formats")
+    lines = [json.loads(line) for line in (folder / "fine/log.txt").read_text().splitlines()]
+    assert set(formats["log_txt"]["finetune_keys"]) <= set(lines[1])
+    assert {p.name for p in (folder / "fine").glob("*.pth")} == {
+        "checkpoint.pth",
+        "checkpoint-best.pth",
+    }
+    events = EventAccumulator(str(folder / "fine")).Reload()
+    tags = formats["tensorboard"]["finetune"] + formats["tensorboard"]["finetune_per_epoch"]
+    assert set(tags) <= set(events.Tags()["scalars"])
+    assert "Mixup is activated!" in out["finetune"]
+    assert "Load pre-trained checkpoint from:" in out["finetune"]
+
+
+def test_evaluation_prints_the_documented_line(finished, image_folder):
+    folder, _ = finished
+    resume = [
+        "--eval",
+        "--resume",
+        f"{folder}/fine/checkpoint.pth",
+        "--data_path",
+        str(image_folder),
+    ]
+    out = call("main_finetune.py", *FINETUNE, *resume, "--output_dir", f"{folder}/nothing")
+    line = re.search(r"\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}\n", out)
+    log = (folder / "fine/log.txt").read_text().splitlines()[-1]
+    last = json.loads(log)
+    assert line and f"* Acc@1 {last['test_acc1']:.3f} Acc@5" in line.group()
+    assert not (folder / "nothing").exists()
+
+
+@pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py"])
+def test_help(script):
+    out = call(script, "--help")
+    assert "--data_path" in out and "--epochs" in out
+
+
+WRONG = {
+    "kept_mask_ratio 0.9 exceeds": [main_pretrain, *PRETRAIN, *CROSS, "--kept_mask_ratio", "0.9"],
+    "--mask_ratio is 1.5": [main_pretrain, *PRETRAIN, "--mask_ratio", "1.5"],
+    "--kept_mask_ratio is 0.0": [main_pretrain, *PRETRAIN, "--kept_mask_ratio", "0"],
+    "--accum_iter 50": [main_pretrain, *PRETRAIN, *CROSS, "--accum_iter", "50"],
+    "8 training images": [main_pretrain, *PRETRAIN, *CROSS, "--batch_size", "64"],
+    "There is no --model vit_x": [main_finetune, *FINETUNE, "--model", "vit_x"],
+    "does not divide by patch size 4": [main_pretrain, *PRETRAIN, *CROSS, "--input_size", "30"],
+    "There is no checkpoint file": [main_pretrain, *PRETRAIN, *CROSS, "--resume", "nowhere.pth"],
+    "no checkpoint file": [main_finetune, *FINETUNE, "--finetune", "nowhere.pth"],
+    "belongs to CrossMAE": [main_pretrain, *PRETRAIN, "--weight_fm"],
+    "need a fine-tuned checkpoint": [main_finetune, *FINETUNE, "--eval"],
+    "--nb_classes is 7": [main_finetune, *FINETUNE, "--nb_classes", "7"],
+    "must be even": [main_finetune, *FINETUNE, "--mixup", "1", "--batch_size", "3"],
+    "use_fm [9]": [main_pretrain, *PRETRAIN, "--cross_mae", "--weight_fm", "--use_fm", "9"],
+    "--device tpu": [main_pretrain, *PRETRAIN, "--device", "tpu"],
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_wrong_flags_end_in_one_sentence(sentence, image_folder, tmp_path, capsys):
+    main, *flags = WRONG[sentence]
+    where = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "out")]
+    args = main.get_args_parser().parse_args([*where, *flags])
+    with pytest.raises(SystemExit) as stop:
+        run.run(main.main, args)
+    assert stop.value.code == 1
+    errors = [line for line in capsys.readouterr().out.splitlines() if "Error: " in line]
+    assert len(errors) == 1 and sentence in errors[0]
+
+
+def test_an_output_folder_that_is_a_file(image_folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    where = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "file")]
+    args = main_pretrain.get_args_parser().parse_args([*PRETRAIN, *CROSS, *where])
+    with pytest.raises(SystemExit):
+        run.run(main_pretrain.main, args)
+    assert "Cannot write to the output folder" in capsys.readouterr().out
+
+
+def test_a_pretrained_file_is_not_evaluated(finished, image_folder, capsys):
+    folder, _ = finished
+    flags = ["--eval", "--resume", f"{folder}/pre/checkpoint.pth", "--data_path", str(image_folder)]
+    with pytest.raises(SystemExit):
+        run.run(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
+    assert "give it to --finetune instead of --resume" in capsys.readouterr().out

@@ -1,0 +1,108 @@
+"""Going on after a kill equals never having stopped: every later loss and the weights, to the
+bit.
+"""
+
+import signal
+
+import pytest
+from processes import OFTEN, STEPS, read_steps, undisturbed, wait_until
+
+from util.checkpoint import read_checkpoint
+
+CASES = {  # script, processes, loader processes of the run that is killed
+    "pretrain": ("main_pretrain", 1, 0),
+    "pretrain, 2 workers": ("main_pretrain", 1, 2),
+    "pretrain, 2 processes": ("main_pretrain", 2, 0),
+    "pretrain, 2 processes, 2 workers": ("main_pretrain", 2, 2),
+    "finetune": ("main_finetune", 1, 0),  # with mixup, cutmix, random erasing, drop path
+    "finetune, 2 workers": ("main_finetune", 1, 2),
+    "finetune, 2 processes": ("main_finetune", 2, 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_and_resumed(name, tmp_path):
+    """kill -9 once in mid-epoch and once more later, --resume auto both times."""
+    script, size, workers = CASES[name]
+    case = undisturbed(script, size)
+    for after in (STEPS + 2, 2 * STEPS):  # steps done, those done twice counted twice
+        runs = case.start(tmp_path, *OFTEN, "--num_workers", workers)
+        wait_until(lambda n=after: len(read_steps(tmp_path / "steps.0")) >= n)
+        for run in runs:
+            run.kill_group(signal.SIGKILL)
+        for run in runs:
+            assert run.wait() in (-signal.SIGKILL, 1), run.text()  # 1: lost its peer first
+    runs = case.start(tmp_path, *OFTEN, "--num_workers", workers)
+    for run in runs:
+        assert run.wait(120) == 0, run.text()
+    assert "exactly where it stopped" in runs[0].text()
+    case.check(tmp_path)
+
+
+def test_position_inside_the_epoch(tmp_path):
+    """What is killed in mid-epoch goes on in mid-epoch: no step of the saved part is done again."""
+    case = undisturbed("main_pretrain")
+    runs = case.start(tmp_path, *OFTEN, faults={0: {"die_at": STEPS + 2}})
+    assert runs[0].wait() == -signal.SIGKILL
+    saved = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert (saved["epoch"], saved["state"]["iteration"]) == (0, 2)
+    assert case.start(tmp_path)[0].wait() == 0
+    steps = read_steps(tmp_path / "steps.0")
+    assert len(steps) == len(set(steps))
+    case.check(tmp_path)
+
+
+def test_without_saves_inside_the_epoch(tmp_path):
+    """The default saves at the end of an epoch; a kill costs the steps since then, nothing else."""
+    case = undisturbed("main_finetune")
+    runs = case.start(tmp_path, faults={0: {"die_at": 2 * STEPS + 3}})
+    assert runs[0].wait() == -signal.SIGKILL
+    assert case.start(tmp_path)[0].wait() == 0
+    steps = read_steps(tmp_path / "steps.0")
+    assert len(steps) == len(set(steps)) + 3
+    case.check(tmp_path)
+
+
+CHANGES = {  # what is changed, its flag, in mid-epoch or at its end, the sentence
+    "batch, mid-epoch": ("--batch_size", STEPS + 2, "batch_size 8 -> 4: epoch 1, which was begun"),
+    "batch, between epochs": ("--batch_size", 2 * STEPS, "batch_size 8 -> 4: the order of images"),
+    "processes, mid-epoch": ("size", STEPS + 2, "epoch 1, which was begun, starts over"),
+    "processes, between epochs": ("size", 2 * STEPS, "batch_size 8 -> 4: the order of images"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_resume_with_another_layout(name, tmp_path):
+    """Another batch or number of processes: said in one sentence; a begun epoch starts over."""
+    what, steps, sentence = CHANGES[name]
+    case = undisturbed("main_pretrain")
+    often = OFTEN if steps % STEPS else []
+    runs = case.start(tmp_path, *often, faults={0: {"die_at": steps}})
+    assert runs[0].wait() == -signal.SIGKILL
+    first = steps // STEPS
+    if what == "size":
+        case = undisturbed("main_pretrain", 2)
+        runs = case.start(tmp_path)
+    else:
+        runs = case.start(tmp_path, "--batch_size", 4)
+    for run in runs:
+        assert run.wait() == 0, run.text()
+    text = runs[0].text().split("Resume checkpoint")[-1]
+    told = [line for line in text.splitlines() if "batch_size 8 -> 4" in line]
+    assert len(told) == 1 and sentence in told[0]
+    assert ("world_size 1 -> 2" in told[0]) == (what == "size")
+    steps_after = read_steps(tmp_path / "steps.0")[steps:]
+    assert steps_after[0][:2] == (first, 0)
+
+
+def test_first_start_says_so(tmp_path):
+    """--resume auto in an empty folder starts fresh; a damaged file is named and passed over."""
+    case = undisturbed("main_pretrain")
+    assert "No checkpoint in" in (case.folder / "out.0").read_text()
+    (tmp_path / "checkpoint.pth").write_bytes(
+        (case.folder / "checkpoint.pth").read_bytes()[:100_000]
+    )
+    (run,) = case.start(tmp_path)
+    assert run.wait() == 0
+    assert "Passed over" in run.text() and "starting fresh" in run.text()
+    case.check(tmp_path)
