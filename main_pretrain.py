@@ -9,6 +9,7 @@ import logging
 from engine_pretrain import train_one_epoch
 from util import run
 from util.attention import get_attend
+from util.board import PictureBoard
 from util.build import build_pretrain_model
 from util.checkpoint import load_matching
 from util.cli import check_shared, prepare_output, shared_parser
@@ -100,6 +101,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         ),
     )
 
+    seeing = parser.add_argument_group("pictures of the run")
+    seeing.add_argument(
+        "--log_images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="reconstructions of N pictures, the decoder's attention and the feature-map weights "
+        "on TensorBoard, about 20 times in a run (default: 0)",
+    )
+
     launch = parser.add_argument_group("pre-training, distributed")
     launch.add_argument(
         "--find_unused_parameters",
@@ -177,12 +188,14 @@ def main(args) -> None:
     ddp_model = wrap_ddp(model, args.device, unused)
 
     with run.recording(args, state, len(loader)) as writer:
+        board = PictureBoard(args, writer, loader)
         for epoch in range(state.epoch, args.epochs):
             loader.set_epoch(epoch, state.iteration)
             stats = train_one_epoch(
                 ddp_model, loader, optimizer, args.device, epoch, loss_scaler, writer, args, state
             )
             run.log_epoch(args, {f"train_{k}": v for k, v in stats.items()} | {"epoch": epoch})
+            board.show(model, epoch)
             state.end_epoch()
 
 

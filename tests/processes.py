@@ -309,11 +309,11 @@ def arrange(nan_at=None, file_limit=None, freeze_at=None, die_at=None, delay=0.0
     """Prepare a fault of this process.
 
     Args:
-        nan_at: numbers of the batches, counted from this process's start, whose pictures are NaN.
-        file_limit: largest size in bytes a file may get, as a full disk would have it.
-        freeze_at: number of the batch before which the process stops answering.
-        die_at: number of the batch before which the process is killed.
-        delay: seconds every batch takes longer.
+        nan_at: training batches, counted from this process's start, whose pictures are NaN.
+        file_limit: largest size in bytes a file may get; writing more fails.
+        freeze_at: training batch before which the process stops answering.
+        die_at: training batch before which the process is killed.
+        delay: seconds that every training batch takes longer.
     """
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -324,6 +324,9 @@ def arrange(nan_at=None, file_limit=None, freeze_at=None, die_at=None, delay=0.0
     count = iter(range(1 << 30))
 
     def disturbed(self):
+        if not hasattr(self.loader.batch_sampler, "set_epoch"):  # evaluation
+            yield from iterate(self)
+            return
         for imgs, labels in iterate(self):
             number = next(count)
             time.sleep(delay)

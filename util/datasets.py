@@ -16,21 +16,36 @@ import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from util.images import find_classes, find_images, open_image, read_image
+from util.images import (
+    PIL_MODES,
+    BadImage,
+    find_classes,
+    find_images,
+    is_array,
+    is_image_name,
+    list_folder,
+    open_image,
+    read_image,
+)
+from util.shards import ShardSamples, is_shards, read_shards
 
 CROP_SHARE = 0.875  # of the short side that evaluation keeps, up to 224 pixels
+MAX_ATTEMPTS = 10  # pictures in a row that --skip_bad_images tries
 
 
 class Images(Dataset):
     """Pictures with class numbers: item (epoch, i) -> (transformed picture, class number).
 
-    `samples` is a list of (path, class number), `classes` the list of class names.
+    `samples` is a sequence of (path, class number), `classes` the list of class names.
     """
+
+    origin = ""  # where the pictures were found, in words
 
     def __init__(self, samples, classes: list[str], transform, read, seed: int = 0):
         """
@@ -47,10 +62,34 @@ class Images(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
+        return self.prepare(key, key[1])
+
+    def prepare(self, key: tuple[int, int], index: int):
+        """Picture `index` with the random numbers of item `key`, and its class number."""
         path, label = self.samples[index]
-        with seeded(self.seed, epoch, index):
+        with seeded(self.seed, *key):
             return self.transform(self.read(path)), label
+
+
+class TolerantImages(Images):
+    """The same, with the next readable picture in place of one that is not.
+
+    Item (epoch, i) -> (picture, class number, i if it was replaced, else -1).
+    """
+
+    def __getitem__(self, key: tuple[int, int]):
+        first = key[1]
+        for index in range(first, first + MAX_ATTEMPTS):
+            try:
+                item = self.prepare(key, index % len(self))
+            except BadImage as error:
+                problem = error
+            else:
+                return *item, -1 if index == first else first
+        raise BadImage(
+            f"{MAX_ATTEMPTS} pictures in a row are bad, more than --skip_bad_images passes over. "
+            f"{problem}"
+        )
 
 
 @contextlib.contextmanager
@@ -83,7 +122,8 @@ class Reader:
 
 
 def build_pretrain_transform(args):
-    """Recipe chain of pre-training, PIL -> normalised (C, H, W): random crop and flip.
+    """Recipe chain of pre-training, what open_image gives -> normalised (C, H, W): random crop
+    and flip.
 
     The crop has 20-100 % of the area and a side ratio of 3/4 to 4/3, resized bicubically.
     """
@@ -93,10 +133,15 @@ def build_pretrain_transform(args):
                 args.input_size, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC
             ),
             T.RandomHorizontalFlip(),
-            T.ToTensor(),
+            to_float,
             T.Normalize(args.mean, args.std),
         ]
     )
+
+
+def to_float(img) -> Tensor:
+    """PIL -> float32 (C, H, W) in 0..1; a tensor stays as it is."""
+    return img if isinstance(img, Tensor) else TF.to_tensor(img)
 
 
 class FastPretrainTransform:
@@ -141,7 +186,33 @@ def build_transform(is_train: bool, args):
         resize = T.Resize(short_side, InterpolationMode.BICUBIC)
     else:
         resize = ResizeToCover(*(int(side / CROP_SHARE) if side <= 224 else side for side in size))
-    return T.Compose([resize, T.CenterCrop(size), T.ToTensor(), T.Normalize(args.mean, args.std)])
+    return T.Compose([resize, T.CenterCrop(size), to_float, T.Normalize(args.mean, args.std)])
+
+
+def build_array_transform(args):
+    """Fine-tuning chain for what has no colours to vary, float (C, H, W) -> normalised: crop and
+    flip of the recipe, random erasing.
+
+    Raises:
+        ValueError: --aa or --color_jitter is on.
+    """
+    if args.aa or args.color_jitter:
+        raise ValueError(
+            "--aa and --color_jitter work on 8-bit pictures, the data are arrays; leave them out "
+            "(--aa '')."
+        )
+    erasing = RandomErasing(
+        args.reprob, mode=args.remode, max_count=args.recount, num_splits=0, device="cpu"
+    )
+    return T.Compose(
+        [
+            T.RandomResizedCrop(args.input_size, interpolation=InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            to_float,
+            T.Normalize(args.mean, args.std),
+            erasing,
+        ]
+    )
 
 
 def posterize(img, bits: int, **_):
@@ -153,35 +224,127 @@ def posterize(img, bits: int, **_):
 
 
 class ResizeToCover:
-    """Resize a PIL picture, keeping its shape, to the smallest size that covers height x width."""
+    """Resize a picture, keeping its shape, to the smallest size that covers height x width."""
 
     def __init__(self, height: int, width: int):
         self.height, self.width = height, width
 
     def __call__(self, img):
-        scale = max(self.height / img.height, self.width / img.width)
-        size = [
-            max(round(img.height * scale), self.height),
-            max(round(img.width * scale), self.width),
-        ]
+        _, height, width = TF.get_dimensions(img)
+        scale = max(self.height / height, self.width / width)
+        size = [max(round(height * scale), self.height), max(round(width * scale), self.width)]
         return TF.resize(img, size, InterpolationMode.BICUBIC)
 
 
 def build_pretrain_dataset(args) -> Images:
-    """Training pictures of pre-training, DATA/train/CLASS/*."""
-    classes, samples = list_classes(Path(args.data_path, "train"))
-    if args.loader == "fast":
+    """Training pictures of pre-training; see find_pictures for what --data_path may be.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing to train on; the message names the place.
+    """
+    classes, samples, origin = find_pictures(args.data_path)
+    if args.loader == "fast" and not has_arrays(samples, args.in_chans):
         transform, read = FastPretrainTransform(args.input_size), read_image
     else:
         transform, read = build_pretrain_transform(args), open_image
-    return Images(samples, classes, transform, Reader(read, args.in_chans), args.seed)
+    kind = TolerantImages if getattr(args, "skip_bad_images", False) else Images
+    dataset = kind(samples, classes, transform, Reader(read, args.in_chans), args.seed)
+    dataset.origin = origin
+    return dataset
 
 
 def build_dataset(is_train: bool, args) -> Images:
     """Pictures of fine-tuning or evaluation, DATA/train/CLASS/* or DATA/val/CLASS/*."""
     classes, samples = list_classes(Path(args.data_path, "train" if is_train else "val"))
     reader = Reader(open_image, args.in_chans)
-    return Images(samples, classes, build_transform(is_train, args), reader, args.seed)
+    kind = TolerantImages if is_train and getattr(args, "skip_bad_images", False) else Images
+    if is_train and has_arrays(samples, args.in_chans):
+        transform = build_array_transform(args)
+    else:
+        transform = build_transform(is_train, args)
+    return kind(samples, classes, transform, reader, args.seed)
+
+
+def has_arrays(samples, in_chans: int) -> bool:
+    """Whether open_image gives tensors: for arrays, and where Pillow has no such mode."""
+    if in_chans not in PIL_MODES:
+        return True
+    if isinstance(samples, ShardSamples):
+        return samples.has_arrays
+    return any(is_array(path) for path, _ in samples)
+
+
+def find_pictures(data_path: str):
+    """Pictures to pre-train on: (class names, samples, in words where they were found).
+
+    `data_path` is a folder with train/, or one of what that may hold: class folders, pictures,
+    or folders of pictures in any depth; or a text file that lists pictures; or shards. Without
+    class folders every class number is 0.
+
+    Raises:
+        FileNotFoundError: there is no such place, or no picture in it.
+        ValueError: the list or the shards cannot be used.
+    """
+    folder = Path(data_path)
+    if (folder / "train").is_dir():
+        folder = folder / "train"
+    if is_shards(str(folder)):
+        samples = read_shards(str(folder))
+        return [], samples, f"in {len(samples.paths)} shards of {folder}"
+    if folder.is_file():
+        return [], read_list(folder), f"of the list {folder}"
+    names = {entry.name for entry in list_folder(folder)}
+    if folder == Path(data_path) and "val" in names:
+        raise FileNotFoundError(
+            f"There is val/ but no train/ in {folder}; --data_path must name the folder that holds "
+            "train/, or one with nothing but training pictures."
+        )
+    if folder != Path(data_path) and not any(is_image_name(name) for name in names):
+        classes, samples = list_classes(folder)
+        return classes, samples, f"in {len(classes)} class folders of {folder}"
+    return find_own_pictures(folder)
+
+
+def find_own_pictures(folder: Path):
+    """All pictures below a folder, in classes if they lie in its folders and nowhere deeper."""
+    paths = list(find_images(folder))
+    if not paths:
+        raise FileNotFoundError(
+            f"There is no picture in {folder}; --data_path must name a folder of pictures, one "
+            "with train/, a list of files, or shards."
+        )
+    parents = [Path(path).relative_to(folder).parts[:-1] for path in paths]
+    depths = {len(parts) for parts in parents}
+    if depths != {1}:
+        where = "in the flat folder" if depths == {0} else "in the folders below"
+        return [], [(path, 0) for path in paths], f"{where} {folder} (without classes)"
+    classes = sorted({name for (name,) in parents})
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = [(path, numbers[name]) for path, (name,) in zip(paths, parents, strict=True)]
+    return classes, samples, f"in {len(classes)} class folders of {folder}"
+
+
+def read_list(path: Path) -> list[tuple[str, int]]:
+    """(picture, 0) for each line of a text file; names are relative to the file's folder.
+
+    Raises:
+        ValueError: the file is not text, or a line names no kind of picture.
+        FileNotFoundError: there is no line in it.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--data_path {path} is neither a folder nor a text file with a picture's path on "
+            "each line."
+        ) from error
+    names = [line for line in lines if line]
+    odd = [name for name in names if not is_image_name(name)]
+    if odd:
+        raise ValueError(f"The list {path} holds {odd[0]!r}, which is no picture; remove the line.")
+    if not names:
+        raise FileNotFoundError(f"There is no line in the list {path}; add the pictures' paths.")
+    return [(str(path.parent / name), 0) for name in names]
 
 
 def list_classes(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:

@@ -52,10 +52,10 @@ def open_image(path, in_chans: int = 3) -> Image.Image | Tensor:
     Raises:
         BadImage: it is not a readable picture; the message names it.
     """
-    with naming(path):
+    with naming(path), as_file(path) as file:
         if is_array(path):
-            return to_tensor(np.load(as_file(path), allow_pickle=False), in_chans)
-        with Image.open(as_file(path)) as img:
+            return to_tensor(np.lib.format.read_array(file), in_chans)
+        with Image.open(file) as img:
             if in_chans in PIL_MODES:
                 return convert(img, PIL_MODES[in_chans])
             return to_tensor(stack_pages(img), in_chans)
@@ -91,8 +91,8 @@ def naming(path):
         yield
     except FAULTS as error:
         raise BadImage(
-            f"Cannot read the image {path} ({reason_of(error)}); repair or remove it, or go on "
-            "without it by --skip_bad_images."
+            f"Cannot read the image {path} ({reason_of(error)}); repair or remove it (training "
+            "with --skip_bad_images passes it over)."
         ) from error
 
 

@@ -86,12 +86,14 @@ class DeviceLoader:
         """Choose the epoch, and the batch of it to begin with."""
         self.loader.batch_sampler.set_epoch(epoch, first)
 
+    def prepare(self, imgs: Tensor) -> Tensor:
+        """Pictures of the data set (B, C, H, W) as the model takes them, on the device."""
+        imgs = imgs.to(self.device, non_blocking=True)
+        return normalize(imgs, self.mean, self.std) if imgs.dtype == torch.uint8 else imgs
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for imgs, labels in self.loader:
-            imgs = imgs.to(self.device, non_blocking=True)
-            if imgs.dtype == torch.uint8:
-                imgs = normalize(imgs, self.mean, self.std)
-            yield imgs, labels.to(self.device, non_blocking=True)
+            yield self.prepare(imgs), labels.to(self.device, non_blocking=True)
 
 
 def build_loader(dataset: Dataset, batches: Sampler, args) -> DeviceLoader:

@@ -6,14 +6,17 @@ import json
 import logging
 import os
 import random
+import subprocess
 import sys
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from util import distributed, signals
 from util.images import BadImage
@@ -22,6 +25,8 @@ from util.state import tidy_output
 from util.train_log import NonFiniteLoss
 
 logger = logging.getLogger(__name__)
+
+PLAIN = (str, int, float, bool, list, tuple, type(None))
 
 
 class ClockFormatter(logging.Formatter):
@@ -108,6 +113,8 @@ def report_start(args, model, lr_text: str, attention: str, data_text: str) -> N
     }
     for name, text in lines.items():
         logger.info("%-16s %s", name, text)
+    if args.rank == 0 and args.output_dir:
+        write_manifest(args, effective, lines)
     logger.info("base lr: %.2e", args.lr * 256 / effective)
     logger.info("actual lr: %.2e", args.lr)
     logger.info("accumulate grad iterations: %d", args.accum_iter)
@@ -119,6 +126,34 @@ def report_start(args, model, lr_text: str, attention: str, data_text: str) -> N
         )
 
 
+def write_manifest(args, effective_batch: int, start_block: dict[str, str]) -> None:
+    """run.json in the output folder: what was run, with what, on what."""
+    manifest = {
+        "command": sys.argv,
+        "args": {k: v if isinstance(v, PLAIN) else str(v) for k, v in vars(args).items()},
+        "effective_batch": effective_batch,
+        "start": start_block,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
+        "python": sys.version.split()[0],
+        "commit": read_commit(),
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    Path(args.output_dir, "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_commit() -> str | None:
+    """Commit of this code, with -dirty if it was changed; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def make_writer(args, step: int) -> SummaryWriter | None:
     """TensorBoard writer of rank 0; None elsewhere or without a log folder.
 
@@ -127,7 +162,14 @@ def make_writer(args, step: int) -> SummaryWriter | None:
     """
     if args.rank or not args.log_dir:
         return None
-    return SummaryWriter(args.log_dir, purge_step=step or None)
+    writer = SummaryWriter(args.log_dir, purge_step=step or None)
+    if not step:
+        flags = {
+            k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()
+        }
+        for summary in hparams(flags, {"train_loss": 0.0})[:2]:
+            writer.file_writer.add_summary(summary)
+    return writer
 
 
 def log_epoch(args, stats: dict) -> None:

@@ -1,0 +1,88 @@
+"""`attend` against the written-out softmax, and the choice of kernel with its reason."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from util.attention import Attend, AttendFlashKernel, AttendFlashPackage, get_attend
+
+CPU = torch.device("cpu")
+
+
+def written_out(q, k, v):
+    """Softmax attention, q (B, N, H, d), k and v (B, M, H, d)."""
+    weights = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhnm,bmhd->bnhd", weights.softmax(dim=-1), v)
+
+
+@pytest.mark.parametrize("attend", [Attend(), AttendFlashKernel("a test")], ids=["sdpa", "flash"])
+@pytest.mark.parametrize("width", [32, 64, 80])
+def test_equals_the_formula(attend, width):
+    qkv = torch.randn(2, 7, 3, 4, width, requires_grad=True)
+    q, kv = torch.randn(2, 5, 4, width), torch.randn(2, 9, 2, 4, width)
+    expected = written_out(*qkv.unbind(2))
+    out = attend.self_attend(qkv)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(out)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((x * weight).sum(), qkv)[0] for x in (out, expected)),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    torch.testing.assert_close(
+        attend.cross_attend(q, kv), written_out(q, *kv.unbind(2)), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_the_flag_says_why_the_package_is_not_used():
+    assert get_attend(False, CPU, None).name == "torch scaled_dot_product_attention"
+    attend = get_attend(True, CPU, None)
+    assert "FlashAttention-2" in attend.name and "on the CPU" in attend.name
+
+
+def gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return torch.device("cuda", 0)
+
+
+def test_reasons_on_a_gpu(monkeypatch):
+    device = gpu(monkeypatch, (7, 5))
+    assert "has 7.5" in get_attend(True, device, torch.float16).name
+    device = gpu(monkeypatch, (8, 9))
+    assert "--amp off" in get_attend(True, device, None).name
+    # another package of that name is installed, without the function
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    name = get_attend(True, device, torch.bfloat16).name
+    assert "pip install flash-attn --no-build-isolation" in name
+
+
+def test_the_package_is_used_in_half_precision_only(monkeypatch):
+    package = types.ModuleType("flash_attn")
+    package.__version__ = "2.0"
+    package.flash_attn_func = written_out
+    package.flash_attn_qkvpacked_func = lambda qkv: written_out(*qkv.unbind(2)) + 1
+    package.flash_attn_kvpacked_func = lambda q, kv: written_out(q, *kv.unbind(2)) + 1
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    attend = get_attend(True, gpu(monkeypatch, (9, 0)), torch.bfloat16)
+    assert isinstance(attend, AttendFlashPackage) and attend.name == "flash-attn 2.0"
+    qkv = torch.randn(1, 3, 3, 2, 8)
+    plain = Attend()
+    assert torch.equal(attend.self_attend(qkv), plain.self_attend(qkv))
+    half = qkv.bfloat16()
+    difference = attend.self_attend(half).float() - plain.self_attend(half).float()
+    assert ((difference - 1).abs() < 0.05).all()
+
+
+def test_nothing_global_is_changed():
+    before = F.scaled_dot_product_attention
+    flags = lambda: (  # noqa: E731
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+    )
+    was = flags()
+    get_attend(True, CPU, None).self_attend(torch.randn(1, 2, 3, 1, 8))
+    assert F.scaled_dot_product_attention is before and flags() == was == (True, True, True)

@@ -1,0 +1,130 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C end a run after the step it is at, saved, on all ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import (
+    EPOCHS,
+    LAUNCHER_NAMES,
+    MINI,
+    ROOT,
+    STEPS,
+    read_steps,
+    undisturbed,
+    wait_until,
+)
+
+from util.signals import EXIT_INTERRUPTED
+
+SLOW = {"delay": 0.3}  # seconds per step, so that a signal arrives between two of them
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def test_exit_status():
+    """The status that docs and batch scripts rely on."""
+    assert EXIT_INTERRUPTED == 75
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda n: n.name)
+def test_one_process(number, tmp_path):
+    """The signal goes to loader processes too, as a terminal or scheduler sends it."""
+    case = undisturbed("main_pretrain")
+    (run,) = case.start(tmp_path, "--num_workers", 2, faults={0: SLOW})
+    wait_until(lambda: len(read_steps(tmp_path / "steps.0")) >= STEPS + 1)
+    run.kill_group(number)
+    assert run.wait() == EXIT_INTERRUPTED, run.text()
+    assert "Saved at epoch 1, iteration" in run.text() and "Traceback" not in run.text()
+    (run,) = case.start(tmp_path)
+    assert run.wait() == 0
+    steps = read_steps(tmp_path / "steps.0")
+    assert len(steps) == len(set(steps)), "steps were done twice"
+    case.check(tmp_path)
+
+
+@pytest.mark.parametrize("who", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "both"])
+def test_two_processes(who, tmp_path):
+    """A signal that reaches one rank, or both at different steps, stops both at the same step."""
+    case = undisturbed("main_finetune", 2)
+    runs = case.start(tmp_path, "--num_workers", 2, faults={0: SLOW, 1: SLOW})
+    for position, rank in enumerate(who):
+        ready = STEPS + 1 + position
+        wait_until(lambda r=rank, n=ready: len(read_steps(tmp_path / f"steps.{r}")) >= n)
+        if runs[rank].is_alive():
+            runs[rank].kill_group([signal.SIGUSR1, signal.SIGTERM][position])
+    for run in runs:
+        code = run.wait()
+        assert code == EXIT_INTERRUPTED or (len(who) > 1 and code == -signal.SIGTERM), run.text()
+    assert [len(read_steps(tmp_path / f"steps.{r}")) for r in (0, 1)] == [STEPS + 2] * 2 or who[1:]
+    for run in case.start(tmp_path):
+        assert run.wait() == 0, run.text()
+    case.check(tmp_path)
+
+
+def test_second_signal(tmp_path):
+    """Whoever cannot wait sends it again: the process ends at once, by the signal."""
+    case = undisturbed("main_pretrain")
+    (run,) = case.start(tmp_path, faults={0: {"delay": 20.0}})
+    wait_until(lambda: "Start training" in run.text())
+    run.kill(signal.SIGTERM)
+    time.sleep(0.2)
+    assert run.is_alive()
+    start = time.monotonic()
+    run.kill(signal.SIGTERM)
+    assert run.wait() == -signal.SIGTERM
+    assert time.monotonic() - start < 2
+
+
+def test_signal_at_the_end_of_a_run(tmp_path):
+    """A signal during the very last step: the run is complete, and says so by status 0."""
+    case = undisturbed("main_pretrain")
+    (run,) = case.start(tmp_path, faults={0: {"delay": 0.1}})
+    wait_until(lambda: len(read_steps(tmp_path / "steps.0")) >= STEPS * EPOCHS, every=0)
+    run.kill(signal.SIGTERM)
+    code = run.wait()
+    assert code in (0, EXIT_INTERRUPTED)
+    if code:
+        assert case.start(tmp_path)[0].wait() == 0
+    case.check(tmp_path)
+
+
+@pytest.mark.slow  # torchrun and its two ranks each import everything anew: 20 to 60 s
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda n: n.name)
+def test_torchrun(number, tmp_path):
+    """torchrun passes the signal on to the groups of its ranks, loader processes included."""
+    case = undisturbed("main_pretrain", 2)
+    script, *flags = case.command(tmp_path, "--num_workers", 2, "--epochs", 40)
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    launch += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    launch += ["--log-dir", tmp_path / "logs", "--tee", "0"]
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES}
+    with open(tmp_path / "out", "wb") as out:
+        launcher = subprocess.Popen(
+            list(map(str, [sys.executable, *launch, ROOT / f"{script}.py", *flags])),
+            cwd=ROOT,
+            env=env | {"OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until((tmp_path / "checkpoint.pth").exists, 180, 0.05)
+        if number == signal.SIGINT:  # Ctrl-C reaches everybody in the terminal's group
+            os.killpg(launcher.pid, number)
+        else:
+            launcher.send_signal(number)
+        launcher.wait(60)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    text = (tmp_path / "out").read_text()
+    assert "Stopped by a signal" in text, text
+    assert launcher.returncode != 0
+    from util.checkpoint import read_checkpoint
+
+    saved = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert len(saved["state"]["random"]) == 2
+    assert MINI  # the flags of the run are those of the other tests

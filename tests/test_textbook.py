@@ -1,0 +1,114 @@
+"""Our forward and backward against the written-out form: the same loss and every gradient."""
+
+import itertools
+
+import pytest
+import torch
+
+from util.compile import compile_blocks
+from util.textbook import textbook_loss
+
+VARIANTS = [
+    dict(weight_fm=weight_fm, use_input=use_input, use_fm=use_fm, self_attn=self_attn)
+    for weight_fm, use_input, use_fm, self_attn in itertools.product(
+        [True, False], [True, False], [[-1], [0], [-1, -2]], [True, False]
+    )
+    if weight_fm or (not use_input and use_fm == [-1])
+]
+
+
+def perturb(model):
+    """Give biases and norm scales values, so that one left out shows."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def loss_and_gradients(model, compute):
+    model.zero_grad(set_to_none=True)
+    loss = compute()
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_to_textbook(model, ratios, size=(32, 32), channels=3):
+    imgs = torch.randn(3, channels, *size, generator=torch.Generator().manual_seed(2))
+    noise = torch.rand(3, model.patch_embed.num_patches, generator=torch.Generator().manual_seed(3))
+    ours, our_grads = loss_and_gradients(model, lambda: model(imgs, *ratios, noise=noise))
+    book, book_grads = loss_and_gradients(model, lambda: textbook_loss(model, imgs, *ratios, noise))
+    assert abs(ours - book) <= 1e-6
+    for name, grad in our_grads.items():
+        assert (grad - book_grads[name]).abs().max() <= 1e-6, name
+    # the textbook runs blocks whose outputs nobody reads; their gradients are there, and zero or
+    # none
+    for name in book_grads.keys() - our_grads.keys():
+        assert not book_grads[name].any(), name
+
+
+@pytest.mark.parametrize("kept", [0.75, 0.25])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_cross_mae(tiny_cross, options, kept):
+    model = perturb(tiny_cross(norm_pix_loss=True, **options))
+    assert_equal_to_textbook(model, (0.75, kept))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_mae(tiny_mae, norm_pix_loss):
+    assert_equal_to_textbook(perturb(tiny_mae(norm_pix_loss=norm_pix_loss)), (0.75, 0.75))
+
+
+@pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
+def test_other_sizes_and_channels(which, request):
+    build = request.getfixturevalue(which)
+    model = perturb(build(img_size=(16, 48), in_chans=5))
+    assert_equal_to_textbook(model, (0.75, 0.5 if which == "tiny_cross" else 0.75), (16, 48), 5)
+
+
+@pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
+def test_checkpointing_changes_nothing(which, request):
+    model = perturb(request.getfixturevalue(which)())
+    model.grad_checkpointing = True
+    assert_equal_to_textbook(model, (0.75, 0.75))
+
+
+def test_compiled_blocks_keep_names_and_loss(tiny_cross):
+    model = perturb(tiny_cross())
+    names = list(model.state_dict())
+    compile_blocks(model, backend="aot_eager")
+    assert list(model.state_dict()) == names
+    assert_equal_to_textbook(model, (0.75, 0.25))
+
+
+@pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
+def test_under_bf16_autocast(which, request):
+    """Recomputed tensors are rounded as in forward: loss and gradients as close as bf16 is."""
+    model = perturb(request.getfixturevalue(which)())
+    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+
+    def under_autocast(compute):
+        def run():
+            with torch.autocast("cpu", torch.bfloat16):
+                return compute()
+
+        return run
+
+    exact, exact_grads = loss_and_gradients(
+        model, lambda: textbook_loss(model, imgs, 0.75, 0.75, noise)
+    )
+    ours, our_grads = loss_and_gradients(
+        model, under_autocast(lambda: model(imgs, 0.75, 0.75, noise=noise))
+    )
+    book, book_grads = loss_and_gradients(
+        model, under_autocast(lambda: textbook_loss(model, imgs, 0.75, 0.75, noise))
+    )
+
+    def distance(grads):
+        error = sum((grads[n].float() - g).square().sum() for n, g in exact_grads.items())
+        return (error / sum(g.square().sum() for g in exact_grads.values())).sqrt()
+
+    assert abs(ours - exact) <= 1.5 * abs(book - exact) + 1e-3
+    assert distance(our_grads) <= 1.2 * distance(book_grads)
+    assert all(g.dtype == torch.float32 for g in our_grads.values())
