@@ -162,6 +162,8 @@ def main(args) -> None:
     """One pre-training run."""
     check_args(args)
     run.start_run(args)
+    dataset = build_pretrain_dataset(args)  # before the model: mistakes show at once
+    loader = build_train_loader(dataset, args)
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attend = get_attend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_pretrain_model(args, attend)
@@ -177,10 +179,8 @@ def main(args) -> None:
     if args.resume:
         state.resume()
 
-    dataset = build_pretrain_dataset(args)
-    loader = build_train_loader(dataset, args)
     state.class_names = dataset.classes
-    data_text = f"{len(dataset)} images in {args.data_path}, {len(loader)} batches per epoch"
+    data_text = f"{len(dataset)} images {dataset.origin}, {len(loader)} batches per epoch"
     run.report_start(args, model, lr_text, attend.name, data_text)
     if args.compile:
         compile_blocks(model)

@@ -97,7 +97,15 @@ def shared_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--data_path",
         default="/datasets01/imagenet_full_size/061417/",
-        help="folder with train/ and val/, each with one folder per class",
+        help="folder with train/ and val/, each with one folder per class; pre-training takes any "
+        "folder of pictures, a text file that lists them, or tar files (NAME-{0000..0003}.tar or "
+        "their folder)",
+    )
+    data.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="in training, put the next picture in place of one that cannot be read, and count "
+        "them (default: stop and name it)",
     )
     data.add_argument(
         "--mean",
@@ -237,6 +245,8 @@ def check_shared(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative.")
     if args.compile and args.grad_checkpointing:
         raise ValueError("--compile plans memory itself: leave out --grad_checkpointing.")
+    if args.skip_bad_images and getattr(args, "eval", False):
+        raise ValueError("--skip_bad_images is for training, --eval counts every image: drop it.")
     if args.resume == "auto" and not args.output_dir:
         raise ValueError("--resume auto looks in the output folder: give --output_dir.")
     fill_channels(args)

@@ -5,6 +5,7 @@ The order of epoch e depends on the seed and e alone, in every way of starting.
 Letters: B images, C channels, H height, W width.
 """
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from util.distributed import get_rank, get_world_size
 from util.images import normalize
 from util.signals import ignore_in_worker
+
+logger = logging.getLogger(__name__)
+
+SHOWN_PATHS = 5  # of pictures that --skip_bad_images passed over
 
 
 class TrainBatches(Sampler):
@@ -92,8 +97,22 @@ class DeviceLoader:
         return normalize(imgs, self.mean, self.std) if imgs.dtype == torch.uint8 else imgs
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for imgs, labels in self.loader:
+        replaced = []
+        for imgs, labels, *more in self.loader:
+            replaced += [number for numbers in more for number in numbers.tolist() if number >= 0]
             yield self.prepare(imgs), labels.to(self.device, non_blocking=True)
+        if replaced:
+            self.report_replaced(replaced)
+
+    def report_replaced(self, numbers: list[int]) -> None:
+        """Warn at the end of an epoch about the pictures that --skip_bad_images passed over."""
+        paths = [str(self.dataset.samples[number][0]) for number in numbers[:SHOWN_PATHS]]
+        more = f" and {len(numbers) - SHOWN_PATHS} more" if len(numbers) > SHOWN_PATHS else ""
+        where = f" (process {get_rank()})" if get_world_size() > 1 else ""
+        logger.warning(
+            "Epoch: [%d]%s replaced %d unreadable images by others: %s%s",
+            *(self.loader.batch_sampler.epoch, where, len(numbers), ", ".join(paths), more),
+        )
 
 
 def build_loader(dataset: Dataset, batches: Sampler, args) -> DeviceLoader:

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one call of under 8 minutes: correctness first, then the tables
+# of docs/performance.md.
+#     bash scripts/gpu_check.sh [OUTPUT_FOLDER, default: output/gpu]
+# Uses the python of .venv if there is one, else the one on the PATH (with torch, torchvision, timm).
+# On a machine without a GPU it runs two tiny rows on the CPU, to try the script itself.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+OUT="${1:-$ROOT/output/gpu}"
+mkdir -p "$OUT"
+cd "$ROOT"
+PYTHON=python3
+[ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_models_cross.py | tee "$OUT/tests.txt"
+    rows=()
+    for model in small base large; do
+        for kept in 0.25 0.75; do
+            rows+=("--model mae_vit_${model}_patch16 --batch_size 256 --kept_mask_ratio $kept --steps 20")
+        done
+    done
+    rows+=("--model mae_vit_base_patch16 --batch_size 256 --kept_mask_ratio 0.25 --steps 20 --compile")
+    rows+=("--model mae_vit_base_patch16 --batch_size 256 --kept_mask_ratio 0.75 --steps 20 --compile")
+    rows+=("--model mae_vit_base_patch16 --batch_size 1024 --kept_mask_ratio 0.25 --steps 10")
+    rows+=("--what eval --model vit_base_patch16 --batch_size 256 --steps 20")
+else
+    echo "No GPU here: two tiny rows on the CPU, to try the script."
+    rows=("--model mae_vit_mini_patch4 --input_size 32 --batch_size 4 --repeats 2")
+    rows+=("--what eval --model vit_mini_patch4 --input_size 32 --batch_size 4 --repeats 2")
+fi
+
+: >"$OUT/results.jsonl"
+for row in "${rows[@]}"; do
+    echo "== $row"
+    # shellcheck disable=SC2086  # the row is a list of words
+    if "$PYTHON" -m util.benchmark $row --json >"$OUT/last.txt" 2>"$OUT/last.err"; then
+        sed '$d' "$OUT/last.txt"
+        tail -n 1 "$OUT/last.txt" >>"$OUT/results.jsonl"
+    else
+        echo "failed: $(tail -n 1 "$OUT/last.err")"
+    fi
+done
+echo "Results in $OUT/results.jsonl"

@@ -1,0 +1,117 @@
+"""What only a GPU can show. Skipped elsewhere; scripts/gpu_check.sh runs it and the benchmark."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from util.attention import AttendFlashPackage, get_attend
+from util.compile import compile_blocks
+from util.optim import NativeScalerWithGradNormCount, build_adamw
+from util.textbook import textbook_loss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ROOT = Path(__file__).resolve().parents[1]
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Products of float32 in float32, not TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
+def test_loss_and_gradients_equal_the_cpu_in_float32(which, request):
+    model = request.getfixturevalue(which)()
+    imgs, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    losses, grads = [], []
+    for device in (torch.device("cpu"), GPU):
+        model.to(device).zero_grad(set_to_none=True)
+        loss = model(imgs.to(device), noise=noise.to(device))
+        loss.backward()
+        losses.append(loss.item())
+        grads.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
+    assert abs(losses[0] - losses[1]) < 1e-5
+    for on_cpu, on_gpu in zip(*grads, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flash", [False, True])
+def test_half_precision_is_as_close_as_the_textbook(tiny_cross, dtype, flash):
+    model = tiny_cross(attend=get_attend(flash, GPU, dtype)).to(GPU)
+    imgs = torch.randn(8, 3, 32, 32, device=GPU)
+    noise = torch.rand(8, 16, device=GPU)
+    exact = textbook_loss(model, imgs, 0.75, 0.75, noise).item()
+    with torch.autocast("cuda", dtype):
+        ours = model(imgs, noise=noise)
+        book = textbook_loss(model, imgs, 0.75, 0.75, noise)
+    assert abs(ours.item() - exact) <= 2 * abs(book.item() - exact) + 1e-3
+    ours.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_flash_package_is_found_if_installed():
+    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    if torch.cuda.get_device_capability(GPU) >= (8, 0):
+        assert isinstance(get_attend(True, GPU, torch.bfloat16), AttendFlashPackage)
+
+
+def test_a_step_does_not_wait_for_the_device(tiny_cross):
+    model = tiny_cross().to(GPU)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    optimizer = build_adamw(groups, 1e-4, (0.9, 0.95))
+    scaler = NativeScalerWithGradNormCount()
+    imgs = torch.randn(8, 3, 32, 32, device=GPU)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(imgs)
+        scaler(loss, optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")  # any wait raises
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_blocks_give_the_same_loss(tiny_cross):
+    model = tiny_cross().to(GPU)
+    imgs, noise = torch.randn(4, 3, 32, 32, device=GPU), torch.rand(4, 16, device=GPU)
+    expected = model(imgs, noise=noise).item()
+    compile_blocks(model)
+    loss = model(imgs, noise=noise)
+    loss.backward()
+    assert abs(loss.item() - expected) < 1e-4
+
+
+def test_training_through_torchrun_with_nccl(image_folder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command += "main_pretrain.py --model mae_vit_mini_patch4 --input_size 32 --cross_mae".split()
+    command += "--weight_fm --use_input --batch_size 4 --epochs 2 --warmup_epochs 1".split()
+    command += [
+        "--num_workers",
+        "2",
+        "--data_path",
+        str(image_folder),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nccl" in done.stdout and "max mem" in done.stdout
