@@ -13,12 +13,14 @@ the noise floor: the same ratio of the textbook form against itself. A ratio ins
 --what loader     images per second of one loader process: the uint8 chain against the recipe's
                   chain, with the same crops, on the JPEG files of --images
 --what eval       forward of the fine-tuned classifier, against timm's VisionTransformer
+--what save       writing a checkpoint with optimizer state, against torch.save in place
 """
 
 import argparse
 import json
 import logging
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,7 @@ import models_mae
 import models_vit
 from util import run
 from util.attention import get_attend
+from util.checkpoint import write_checkpoint
 from util.cli import IMAGENET_MEAN, IMAGENET_STD
 from util.datasets import FastPretrainTransform, build_pretrain_transform, seeded
 from util.distributed import choose_device
@@ -56,7 +59,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "util.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", choices=["step", "optimizer", "loader", "eval"], default="step")
+    parser.add_argument(
+        "--what", choices=["step", "optimizer", "loader", "eval", "save"], default="step"
+    )
     parser.add_argument("--model", default="mae_vit_small_patch16", help="vit_* for --what eval")
     parser.add_argument("--mae", action="store_true", help="the MAE baseline instead of CrossMAE")
     parser.add_argument("--input_size", type=int, default=224)
@@ -72,6 +77,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=7, help="pairs measured (default: 7)")
     parser.add_argument("--steps", type=int, default=1, help="steps per timing (GPU: 20 or more)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: processor seconds of this process, for a shared machine with --threads 1",
+    )
     parser.add_argument("--images", help="folder of JPEG files for --what loader")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     return parser
@@ -80,17 +91,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 class Clock:
     """Seconds of a call, the device's work included."""
 
-    def __init__(self, device: torch.device, steps: int):
+    def __init__(self, device: torch.device, steps: int, kind: str = "wall"):
         self.device = device
         self.steps = steps
+        self.now = time.process_time if kind == "cpu" else time.perf_counter
 
     def __call__(self, call: Callable[[], object]) -> float:
         self.wait()
-        start = time.perf_counter()
+        start = self.now()
         for _ in range(self.steps):
             call()
         self.wait()
-        return (time.perf_counter() - start) / self.steps
+        return (self.now() - start) / self.steps
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -319,14 +331,39 @@ def measure_eval(args, device: torch.device, clock: Clock) -> dict:
     }
 
 
+def measure_save(args, device: torch.device, clock: Clock) -> dict:
+    """Seconds to write model and optimizer to a temporary folder."""
+    model = build_model(args, None)
+    optimizer = build_adamw(param_groups_weight_decay(model, 0.05), 1e-4, (0.9, 0.95))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path = Path(folder, "checkpoint.pth")
+        result = compare(
+            lambda: write_checkpoint(checkpoint, path),
+            lambda: torch.save(checkpoint, path),
+            clock,
+            args.repeats,
+        )
+        return result | {"mib": path.stat().st_size / 2**20}
+
+
 def main(args) -> dict:
     """Measure, print a table, and with --json one object on the last line."""
     device = choose_device(args.device, 0)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    clock = Clock(device, args.steps)
-    measure = {"loader": measure_loader, "eval": measure_eval}.get(args.what, measure_step)
+    clock = Clock(device, args.steps, args.clock)
+    measure = {
+        "loader": measure_loader,
+        "eval": measure_eval,
+        "save": measure_save,
+    }.get(args.what, measure_step)
     machine = str(device)
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -339,6 +376,7 @@ def main(args) -> dict:
         "compile": args.compile,
         "machine": machine,
         "threads": torch.get_num_threads(),
+        "clock": args.clock,
         "images_per_s": None,
         "peak_memory_ratio": None,
     } | measure(args, device, clock)

@@ -1,0 +1,57 @@
+"""The benchmark's numbers have the right form, and its counters count right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from util.benchmark import Clock, compare, count_flops, peak_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+TINY = "--model mae_vit_mini_patch4 --input_size 32 --batch_size 2 --decoder_depth 1 --repeats 1"
+
+
+@pytest.mark.parametrize("what", ["step", "eval", "optimizer", "loader"])
+def test_json_on_the_last_line(what, image_folder):
+    command = [sys.executable, "-m", "util.benchmark", "--what", what, *TINY.split(), "--json"]
+    if what == "loader":
+        command += ["--images", str(image_folder)]
+    if what == "eval":
+        command[command.index("mae_vit_mini_patch4")] = "vit_mini_patch4"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["what"] == what and result["ratio_median"] > 0 and result["ratio_min"] > 0
+    assert {"noise_floor", "images_per_s", "peak_memory_ratio"} <= set(result)
+    if what == "step":
+        assert 0.1 < result["peak_memory_ratio"] < 0.8 and result["images_per_s"] > 0
+    if what == "loader":
+        assert result["mean_grey_level_difference"] < 0.2
+
+
+def test_flops_of_a_matrix_product():
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
+
+
+def test_peak_memory_sees_what_lives_at_once():
+    def one_after_the_other():
+        for _ in range(3):
+            torch.zeros(2**20)
+
+    def together():
+        return [torch.zeros(2**20) for _ in range(3)]
+
+    assert peak_memory(one_after_the_other, CPU) == 4 * 2**20
+    assert peak_memory(together, CPU) == 3 * 4 * 2**20
+
+
+def test_a_ratio_above_one_means_that_ours_is_faster():
+    result = compare(
+        lambda: torch.zeros(10), lambda: torch.randn(2**21), Clock(CPU, steps=3), repeats=3
+    )
+    assert result["ratio_median"] > 10 and result["ratio_min"] > 10

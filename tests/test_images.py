@@ -1,0 +1,309 @@
+"""Pictures of every awkward kind, the fast chain against the recipe's, and the search for files."""
+
+import io
+import os
+import re
+import struct
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from util.datasets import FastPretrainTransform, build_pretrain_transform, build_transform
+from util.images import (
+    BadImage,
+    find_classes,
+    find_images,
+    normalize,
+    open_image,
+    read_image,
+)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RANDOM = np.random.RandomState(0)
+
+
+def picture(height: int = 37, width: int = 50) -> Image.Image:
+    coarse = Image.fromarray(RANDOM.randint(0, 256, (6, 6, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_bomb() -> bytes:
+    """400 million pixels in some 50 KB."""
+    return encode(Image.new("1", (20000, 20000)), "PNG")
+
+
+def jpeg_bomb() -> bytes:
+    """A small JPEG that claims to have 60000 x 60000 pixels."""
+    data = encode(picture(), "JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", 60000, 60000) + data[at + 4 :]
+
+
+def npy(array: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+BAD = {
+    "empty.jpg": lambda: b"",
+    "cut.jpg": lambda: encode(picture(200, 200), "JPEG")[:-500],
+    "cut_in_header.jpg": lambda: encode(picture(), "JPEG")[:90],
+    "cut.png": lambda: encode(picture(), "PNG")[:-200],
+    "page.jpg": lambda: b"<html><body>404 Not Found</body></html>",
+    "start_only.jpg": lambda: b"\xff\xd8\xff",
+    "bomb.png": png_bomb,
+    "bomb.jpg": jpeg_bomb,
+    "float.tif": lambda: encode(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"),
+    "objects.npy": lambda: npy(np.array([{}, {}]), allow_pickle=True),
+    "other_shape.npy": lambda: npy(np.zeros((3, 8, 9), np.uint8)),
+    "signed.npy": lambda: npy(np.zeros((8, 9, 3), np.int16)),
+    "nan.npy": lambda: npy(np.full((8, 9, 3), np.nan, np.float32)),
+    "zip.npy": lambda: b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("read", [open_image, read_image])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_named(name, read, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(BAD[name]())
+    with pytest.raises(BadImage, match=rf"^Cannot read the image {path} \(.+\); repair.*\.$") as e:
+        read(str(path))
+    assert "\n" not in str(e.value) and "object at" not in str(e.value)
+
+
+def test_reasons(tmp_path):
+    """The message says what is wrong, too."""
+    for name, reason in (
+        ("empty.jpg", "empty"),
+        ("cut.jpg", "truncated"),
+        ("bomb.jpg", "bomb"),
+        ("float.tif", "32 bits"),
+        ("other_shape.npy", r"\(3, 8, 9\), --in_chans 3 needs \(H, W, C\)"),
+        ("nan.npy", "not finite"),
+    ):
+        (tmp_path / name).write_bytes(BAD[name]())
+        with pytest.raises(BadImage, match=reason):
+            read_image(tmp_path / name)
+    (tmp_path / "lost.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(BadImage, match="No such file"):
+        read_image(tmp_path / "lost.jpg")
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: show it turned by 90 degrees
+    return encode(picture(30, 50), "JPEG", exif=exif.tobytes())
+
+
+ODD = {
+    "png_named.jpg": lambda: encode(picture(), "PNG"),
+    "jpeg_named.png": lambda: encode(picture(), "JPEG"),
+    "webp_named.jpeg": lambda: encode(picture(), "WEBP", lossless=True),
+    "cmyk.jpg": lambda: encode(picture().convert("CMYK"), "JPEG"),
+    "grey.jpg": lambda: encode(picture().convert("L"), "JPEG"),
+    "progressive.jpg": lambda: encode(picture(), "JPEG", progressive=True),
+    "palette.png": lambda: encode(picture().quantize(16), "PNG", transparency=3),
+    "transparent.png": lambda: encode(picture().convert("RGBA"), "PNG"),
+    "grey_alpha.png": lambda: encode(picture().convert("LA"), "PNG"),
+    "two_colours.png": lambda: encode(picture().convert("1"), "PNG"),
+    "rotated.jpg": rotated,
+    "one_pixel.png": lambda: encode(picture(1, 1), "PNG"),
+    "one_pixel.jpg": lambda: encode(picture(1, 1), "JPEG"),
+    "one_row.png": lambda: encode(picture(1, 300), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_pictures_have_pillows_pixels(name, tmp_path):
+    """Both ways of reading give what Image.open(...).convert("RGB") gives, and train."""
+    path = tmp_path / name
+    path.write_bytes(ODD[name]())
+    with Image.open(path) as image:
+        expected = np.array(image.convert("RGB"))
+    assert np.array_equal(np.array(open_image(path)), expected)
+    pixels = read_image(path)
+    assert pixels.dtype == torch.uint8 and pixels.permute(1, 2, 0).numpy().tolist() == (
+        expected.tolist()
+    )
+    args = Namespace(input_size=32, mean=MEAN, std=STD)
+    assert FastPretrainTransform(32)(pixels).shape == (3, 32, 32)
+    for transform in (build_pretrain_transform(args), build_transform(False, args)):
+        assert transform(open_image(path)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("in_chans, mode", [(1, "L"), (4, "RGBA")])
+def test_other_numbers_of_channels(in_chans, mode, tmp_path):
+    """What Pillow converts to; a coloured JPEG's own brightness differs from it by rounding."""
+    for name in ("jpeg_named.png", "grey.jpg", "transparent.png", "palette.png"):
+        (tmp_path / name).write_bytes(ODD[name]())
+        with Image.open(tmp_path / name) as image:
+            expected = np.array(image.convert(mode)).reshape(image.height, image.width, in_chans)
+        pixels = read_image(tmp_path / name, in_chans).permute(1, 2, 0).numpy()
+        assert pixels.shape == expected.shape
+        difference = np.abs(pixels.astype(int) - expected)
+        if name == "jpeg_named.png" and in_chans == 1:
+            assert difference.mean() <= 0.2
+        else:
+            assert not difference.any()
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_sixteen_bits_are_scaled(in_chans, tmp_path):
+    """Not cut off at 255, which would make a white picture."""
+    values = RANDOM.randint(0, 65536, (20, 30)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    pixels = read_image(tmp_path / "deep.png", in_chans)
+    assert pixels.shape == (in_chans, 20, 30)
+    assert all(np.array_equal(channel, values // 256) for channel in pixels.numpy())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP"])
+def test_damaged_bytes_are_a_bad_image_or_a_picture(kind, tmp_path):
+    """Whatever is wrong with a file, nothing but a BadImage comes out of reading it."""
+    data, path = encode(picture(), kind), tmp_path / "damaged"
+    random = np.random.RandomState(1)
+    outcomes = set()
+    for attempt in range(150):
+        damaged = bytearray(data)
+        for at in random.randint(0, 100 if attempt % 2 else len(data), size=3):
+            damaged[at] = random.randint(256)
+        path.write_bytes(damaged[: random.randint(len(data))] if attempt % 5 == 0 else damaged)
+        try:
+            outcomes.add(read_image(path).shape[0])
+        except BadImage as error:
+            assert str(path) in str(error)
+            outcomes.add("bad")
+    assert outcomes == {3, "bad"}
+
+
+@pytest.mark.parametrize("dtype, largest", [("u1", 255), ("u2", 65535), (">u2", 65535), ("f4", 1)])
+def test_arrays(dtype, largest, tmp_path):
+    """(H, W, 13) of whole numbers become 0..1, floats stay; (H, W) is one channel."""
+    values = (RANDOM.rand(9, 11, 13) * largest).astype(dtype)
+    np.save(tmp_path / "bands.npy", values)
+    read = open_image(tmp_path / "bands.npy", 13)
+    assert read.dtype == torch.float32 and read.shape == (13, 9, 11)
+    expected = np.moveaxis(values.astype(np.float64) / largest, 2, 0)
+    assert np.abs(read.numpy() - expected).max() < 1e-6
+    np.save(tmp_path / "one.npy", values[:, :, 0])
+    assert open_image(tmp_path / "one.npy", 1).shape == (1, 9, 11)
+
+
+def test_pages_of_a_tiff(tmp_path):
+    """Five pages of 16 bits are five channels; another number is refused with both numbers."""
+    pages = RANDOM.randint(0, 65536, (5, 9, 11)).astype(np.uint16)
+    first, *others = (Image.fromarray(page) for page in pages)
+    first.save(tmp_path / "pages.tif", save_all=True, append_images=others)
+    read = open_image(tmp_path / "pages.tif", 5)
+    assert np.abs(read.numpy() - pages / 65535).max() < 1e-6
+    with pytest.raises(BadImage, match=r"\(9, 11, 5\), --in_chans 6"):
+        open_image(tmp_path / "pages.tif", 6)
+
+
+def photographs(folder: Path) -> list[Path]:
+    """Two real photographs, in three sizes and qualities, as JPEG."""
+    from sklearn.datasets import load_sample_images
+
+    paths = []
+    for number, pixels in enumerate(load_sample_images().images):
+        for width, height, quality in ((640, 427, 95), (500, 375, 90), (350, 250, 75)):
+            image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+            paths.append(folder / f"{number}_{width}.jpg")
+            image.save(paths[-1], quality=quality)
+    return paths
+
+
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_fast_chain_equals_the_recipe_on_photographs(in_chans, tmp_path, monkeypatch):
+    """Same crop boxes and flips; mean difference 0.1 grey levels, mean PSNR 65 dB."""
+    boxes = []
+    get_params = transforms.RandomResizedCrop.get_params
+
+    def noting(img, scale, ratio):
+        boxes.append(get_params(img, scale, ratio))
+        return boxes[-1]
+
+    monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", staticmethod(noting))
+    plain = Namespace(input_size=224, mean=[0.0] * in_chans, std=[1.0] * in_chans)
+    recipe, fast = build_pretrain_transform(plain), FastPretrainTransform(224)
+    differences, ratios = [], []
+    for path in photographs(tmp_path):
+        image, pixels = open_image(path, in_chans), read_image(path, in_chans)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            expected = 255 * recipe(image)
+            torch.manual_seed(seed)
+            found = fast(pixels)
+            assert found.dtype == torch.uint8 and found.shape == (in_chans, 224, 224)
+            assert boxes[-1] == boxes[-2]
+            error = found - expected
+            differences.append(error.abs().mean().item())
+            ratios.append(10 * np.log10(255**2 / max(error.square().mean().item(), 1e-12)))
+    assert len(set(boxes)) == len(boxes) // 2
+    assert np.mean(differences) <= 0.1 and np.mean(ratios) >= 65, (differences, ratios)
+
+
+def test_normalize_equals_the_recipe():
+    """uint8 on the device against ToTensor and Normalize, on all grey levels."""
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(np.stack([pixels, pixels.T, pixels[::-1]], axis=2))
+    chain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    batch = transforms.functional.pil_to_tensor(image)[None]
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
+    assert (normalize(batch, mean, std)[0] - chain(image)).abs().max() <= 1e-6
+
+
+def test_search_passes_over_what_is_no_picture(tmp_path):
+    """Hidden entries, other files and loops of links; dangling links are pictures to complain
+    about.
+    """
+    for name in ("b/2.JPG", "b/1.png", "a.tiff", ".hidden.png", ".git/x.png", "b/._1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "z.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    found = [os.path.relpath(path, tmp_path) for path in find_images(tmp_path)]
+    assert found == ["a.tiff", "z.jpg", "b/1.png", "b/2.JPG"]
+    assert find_classes(tmp_path) == ["b", "folder.png"]
+
+
+@pytest.fixture
+def locked_folder():
+    """A folder that its reader has no right to read."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "data")
+        (folder / "cat").mkdir(parents=True)
+        for path in (Path(name), folder):
+            path.chmod(0o755)
+        (folder / "cat").chmod(0)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)  # root may read everything
+        yield folder / "cat"
+        if is_root:
+            os.seteuid(0)
+        (folder / "cat").chmod(0o755)
+
+
+def test_an_unreadable_folder_is_named(locked_folder):
+    for search in (lambda: list(find_images(locked_folder.parent)), lambda: find_classes):
+        with pytest.raises(FileNotFoundError, match=f"{re.escape(str(locked_folder))}.*Permission"):
+            search()
+            find_classes(locked_folder)
