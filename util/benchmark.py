@@ -11,7 +11,7 @@ the noise floor: the same ratio of the textbook form against itself. A ratio ins
                   PyTorch's default AdamW
 --what optimizer  the update alone
 --what loader     images per second of one loader process: the uint8 chain against the recipe's
-                  chain, with the same crops, on the JPEG files of --images
+                  chain, with the same crops, on JPEG files
 --what eval       forward of the fine-tuned classifier, against timm's VisionTransformer
 --what save       writing a checkpoint with optimizer state, against torch.save in place
 """
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,7 +84,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="wall",
         help="cpu: processor seconds of this process, for a shared machine with --threads 1",
     )
-    parser.add_argument("--images", help="folder of JPEG files for --what loader")
+    parser.add_argument(
+        "--images", help="JPEG files for --what loader (default: photographs of scikit-learn)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     return parser
 
@@ -203,7 +206,7 @@ def measure_step(args, device: torch.device, clock: Clock) -> dict:
             return textbook_loss(model, imgs, *ratios, noise)
 
     groups = param_groups_weight_decay(model, 0.05)
-    our_adamw = build_adamw(groups, 1e-9, (0.9, 0.95))
+    our_adamw = build_adamw([dict(g) for g in groups], 1e-9, (0.9, 0.95))
     plain_adamw = torch.optim.AdamW([dict(g) for g in groups], lr=1e-9, betas=(0.9, 0.95))
     scaler = NativeScalerWithGradNormCount(amp_dtype, device.type)
     plain_scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
@@ -268,11 +271,31 @@ def compile_blocks_of(model: nn.Module, args, device: torch.device) -> float | N
 
 def measure_loader(args, device: torch.device, clock: Clock) -> dict:
     """One process reading --images once per call, with the same crops in both chains."""
-    if not args.images:
-        raise ValueError("--what loader reads real JPEG files: name a folder with --images.")
-    paths = list(find_images(Path(args.images)))
-    if not paths:
-        raise ValueError(f"There is no picture in {args.images}; name a folder with JPEG files.")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = list(find_images(Path(args.images or cut_photographs(Path(folder)))))
+        if not paths:
+            raise ValueError(f"There is no picture in {args.images}; name a folder of JPEG files.")
+        return compare_chains(args, paths, clock)
+
+
+def cut_photographs(folder: Path) -> Path:
+    """Write 8 JPEG files of ImageNet's usual size, 500x375, cut from scikit-learn's photographs."""
+    try:
+        from sklearn.datasets import load_sample_images
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "Without --images FOLDER the photographs of scikit-learn are used: install it with "
+            "`pip install -r scripts/requirements-demo.txt`."
+        ) from error
+    for number, photograph in enumerate(load_sample_images().images):  # each 427x640
+        for corner, (top, left) in enumerate([(0, 0), (0, 140), (52, 0), (52, 140)]):
+            cut = Image.fromarray(photograph[top : top + 375, left : left + 500])
+            cut.save(folder / f"{number}_{corner}.jpg", quality=92)
+    return folder
+
+
+def compare_chains(args, paths: list[str], clock: Clock) -> dict:
+    """The uint8 chain against the recipe's, on the same files with the same crops."""
     args.mean, args.std = IMAGENET_MEAN, IMAGENET_STD
     fast, recipe = FastPretrainTransform(args.input_size), build_pretrain_transform(args)
 
