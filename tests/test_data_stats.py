@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,62 @@ def test_kinds_and_unreadable_files(capsys, tmp_path):
     assert re.search(rf"^    {tmp_path}/cut.jpg: .*truncated", text, re.MULTILINE)
     assert re.search(rf"^    {tmp_path}/empty.jpg: \S+", text, re.MULTILINE)
     assert "mean and std of the 4 pictures with 3 channels" in text
+
+
+def test_arrays_and_pages(capsys, tmp_path):
+    """Bands of .npy and TIFF files, with what training takes them for."""
+    random = np.random.RandomState(0)
+    bands = random.rand(40, 50, 13).astype(np.float32)
+    np.save(tmp_path / "float.npy", bands)
+    deep = random.randint(0, 65536, (40, 50, 13), dtype=np.uint16)
+    np.save(tmp_path / "deep.npy", deep)
+    np.save(tmp_path / "text.npy", np.array(["not", "numbers"]))
+    pages = [Image.fromarray(random.randint(0, 256, (40, 50), dtype=np.uint8)) for _ in range(13)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    text = stats(capsys, tmp_path)
+    stacked = np.stack([np.asarray(page) for page in pages], axis=2) / 255
+    values = np.stack([bands, deep / 65535, stacked]).reshape(-1, 13)
+    assert line(text, "channels") == "13 3" and line(text, "unreadable") == "1"
+    assert line(text, "modes") == "uint16 1, float32 1, 13 pages L 1"
+    assert line(text, "width") == "min 50, median 50, max 50"
+    assert line(text, "mean") == " ".join(f"{x:.4f}" for x in values.mean(axis=0))
+    assert line(text, "std") == " ".join(f"{x:.4f}" for x in values.std(axis=0))
+    (command,) = commands(text)
+    assert command[command.index("--in_chans") + 1] == "13"
+
+
+def test_three_channels_in_arrays_need_no_colour_augmentation(capsys, tmp_path):
+    for name in ("train/a/0", "train/b/0", "val/a/0", "val/b/0"):
+        write(tmp_path, f"{name}.png")
+        array = np.random.RandomState(0).rand(40, 40, 3).astype(np.float32)
+        np.save(tmp_path / f"{name}.npy", array)
+    _, finetune = commands(stats(capsys, tmp_path))
+    assert main_finetune.get_args_parser().parse_args(finetune[1:]).aa == ""
+
+
+def test_sixteen_bits(capsys, tmp_path):
+    deep = np.random.RandomState(0).randint(0, 65536, (40, 40)).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    text = stats(capsys, tmp_path)
+    assert line(text, "mean") == f"{((deep >> 8) / 255).mean():.4f}"
+    assert "of 16-bit grey the upper 8 bits are used" in text
+
+
+def test_lists_and_shards(capsys, tmp_path):
+    """The same pictures three times: as a folder, as a list and in a tar file."""
+    for i in range(3):
+        write(tmp_path, f"folder/{i}.png", 40 + i, 40, seed=i)
+    (tmp_path / "folder" / "3.png").write_bytes(b"nothing")
+    names = sorted((tmp_path / "folder").iterdir())
+    (tmp_path / "list.txt").write_text("".join(f"folder/{name.name}\n" for name in names))
+    with tarfile.open(tmp_path / "all-0000.tar", "w") as tar:
+        for name in names:
+            tar.add(name, name.name)
+    texts = [stats(capsys, tmp_path / name) for name in ("folder", "list.txt", "all-0000.tar")]
+    bodies = [re.sub(r"(    ).*(3\.png:)|(--data_path )\S+", r"\1\2\3", t) for t in texts]
+    assert len({body.split("\n", 1)[1] for body in bodies}) == 1
+    assert all("4 pictures" in text and line(text, "unreadable") == "1" for text in texts)
+    assert f"{tmp_path}/all-0000.tar:3.png: " in texts[2]
 
 
 def test_classes(capsys, tmp_path):
@@ -168,7 +225,7 @@ def test_default_mean_needs_no_flag(capsys, tmp_path):
 @pytest.mark.parametrize(
     "path, more, sentence",
     [
-        ("nowhere", [], "no folder .*nowhere"),
+        ("nowhere", [], "Cannot read the folder .*nowhere"),
         ("", [], "no picture in"),
         ("", ["--limit", "0"], "--limit is 0"),
         ("", ["--num_workers", "-1"], "--num_workers is -1"),

@@ -253,6 +253,20 @@ def test_a_flag_that_would_not_act_is_refused(save, tmp_path):
         call(file, "timm", tmp_path / "out", "--features")
 
 
+def test_linear_probe_becomes_a_plain_head(tiny_vit):
+    model = tiny_vit()
+    model.freeze_for_probe()
+    random = torch.Generator().manual_seed(2)
+    model.head[0].running_mean.copy_(torch.randn(32, generator=random))
+    model.head[0].running_var.copy_(torch.rand(32, generator=random) + 0.1)
+    imgs = noise(model.eval())
+    with torch.no_grad():
+        before = model(imgs)
+        export.fold_probe(model)
+        torch.testing.assert_close(model(imgs), before, rtol=0, atol=1e-5)
+    assert {"head.weight", "head.bias"} < model.state_dict().keys()
+
+
 def test_other_outputs_are_noticed():
     with pytest.raises(RuntimeError, match="Outputs of timm differ from ours by 1.00e-04"):
         export.check_close(torch.tensor([1.0001]), torch.tensor([1.0]), 1e-5, "timm")

@@ -171,6 +171,7 @@ def test_sixteen_bits_are_scaled(in_chans, tmp_path):
     assert all(np.array_equal(channel, values // 256) for channel in pixels.numpy())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the same damage
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP"])
 def test_damaged_bytes_are_a_bad_image_or_a_picture(kind, tmp_path):
     """Whatever is wrong with a file, nothing but a BadImage comes out of reading it."""
@@ -241,9 +242,9 @@ def test_fast_chain_equals_the_recipe_on_photographs(in_chans, tmp_path, monkeyp
     plain = Namespace(input_size=224, mean=[0.0] * in_chans, std=[1.0] * in_chans)
     recipe, fast = build_pretrain_transform(plain), FastPretrainTransform(224)
     differences, ratios = [], []
-    for path in photographs(tmp_path):
+    for number, path in enumerate(photographs(tmp_path)):
         image, pixels = open_image(path, in_chans), read_image(path, in_chans)
-        for seed in range(4):
+        for seed in range(4 * number, 4 * number + 4):
             torch.manual_seed(seed)
             expected = 255 * recipe(image)
             torch.manual_seed(seed)
@@ -303,7 +304,8 @@ def locked_folder():
 
 
 def test_an_unreadable_folder_is_named(locked_folder):
-    for search in (lambda: list(find_images(locked_folder.parent)), lambda: find_classes):
-        with pytest.raises(FileNotFoundError, match=f"{re.escape(str(locked_folder))}.*Permission"):
-            search()
-            find_classes(locked_folder)
+    message = f"Cannot read the folder {re.escape(str(locked_folder))} .Permission denied"
+    with pytest.raises(FileNotFoundError, match=message):
+        list(find_images(locked_folder.parent))
+    with pytest.raises(FileNotFoundError, match=message):
+        find_classes(locked_folder)

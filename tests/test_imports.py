@@ -18,8 +18,8 @@ UTIL_LAYERS = [
     {"attention", "masking", "patches", "pos_embed", "lr_sched", "lr_decay", "optim", "cli"}
     | {"distributed", "download", "images", "pictures", "recompute", "signals", "textbook"},
     {"blocks", "metrics", "checkpoint", "datasets", "loaders", "run", "state", "train_log"}
-    | {"views"},
-    {"vit", "compile", "report", "decoder_attention"},
+    | {"views", "shards"},
+    {"vit", "compile", "report", "decoder_attention", "board"},
 ]
 MAIN = len(UTIL_LAYERS) + 2  # and tools
 ABOVE_MODELS = {"build"}  # of util: makes models from flags, for the scripts and the tools

@@ -205,6 +205,17 @@ def test_matrix_of_any_size_is_drawn(num_classes):
         assert (pixels[rows[0], columns[-1]] == 255).all()
 
 
+def test_counts_stand_in_their_cells():
+    """Row: true class. Letters only where something was counted."""
+    matrix = torch.tensor([[97, 3], [0, 50]])  # 3 % of a row are nearly white
+    picture = np.asarray(report.draw_confusion(matrix, ["ant", "bee"])).astype(int)
+    dark = (picture == report.DARKEST).all(axis=2)
+    bottom, right = dark.any(axis=1).nonzero()[0][-1] + 1, dark.any(axis=0).nonzero()[0][-1] + 1
+    cells = picture[bottom - 68 : bottom, right - 68 : right].reshape(2, 34, 2, 34, 3)
+    spread = cells.max(axis=(1, 3, 4)) - cells.min(axis=(1, 3, 4))
+    assert spread[0, 1] > 150 and spread[1, 0] == 0
+
+
 def test_sentences():
     names = ["a", "b", "c"]
     assert report.imbalance_note([10, 9, 8], names) == ""

@@ -113,8 +113,8 @@ def load_trained(
             "main_finetune.py is needed."
         )
     is_classifier = kind == "fine-tuned"
-    known = {k: v for k, v in checkpoint.get("args", {}).items() if v is not None}
-    known |= {k: v for k, v in changes.items() if v is not None}
+    known = {k: v for k, v in changes.items() if v is not None}
+    known |= {k: v for k, v in checkpoint.get("args", {}).items() if v is not None}
     if "model" not in known:
         raise CheckpointError(f"{source} does not say which model it holds; name it with --model.")
     defaults = SHARED_DEFAULTS | (CLASSIFIER_DEFAULTS if is_classifier else PRETRAIN_DEFAULTS)
@@ -124,8 +124,11 @@ def load_trained(
     fill_channels(args)
     args.class_names = checkpoint.get("class_names", [])
     if is_classifier:
-        args.nb_classes = len(weights["head.bias"])
+        is_probe = "head.1.bias" in weights
+        args.nb_classes = len(weights["head.1.bias" if is_probe else "head.bias"])
         args.global_pool = "fc_norm.weight" in weights
     model = (build_classifier if is_classifier else build_pretrain_model)(args, attend)
+    if is_classifier and is_probe:
+        model.freeze_for_probe()
     load_strict(model, weights, str(source))
     return model.eval(), args

@@ -7,14 +7,18 @@ from the file.
 
 import argparse
 import contextlib
+import errno
+import json
 import logging
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from util.download import fetch
@@ -47,9 +51,7 @@ def read_checkpoint(source: str | Path, sha256: str | None = None) -> dict:
     size = path.stat().st_size
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return {"model": load_file(path)}
+            return read_safetensors(path)
         if zipfile.is_zipfile(path):
             check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -74,13 +76,30 @@ def read_checkpoint(source: str | Path, sha256: str | None = None) -> dict:
     }
 
 
+def read_safetensors(path: Path) -> dict:
+    """Weights of a safetensors file; with the arguments and class names if util.export wrote it."""
+    with safe_open(path, framework="pt") as file:
+        checkpoint = {"model": {name: file.get_tensor(name) for name in file.keys()}}
+        metadata = file.metadata() or {}
+    for entry in ("args", "class_names"):
+        if entry in metadata:
+            checkpoint[entry] = json.loads(metadata[entry])
+    return checkpoint
+
+
 def check_zip(path: Path) -> None:
     """Compare the checksum of every member, which torch.load does not.
 
     Raises:
-        CheckpointError: a member is damaged.
+        CheckpointError: a member is damaged, or compressed, as torch never writes them.
     """
     with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{path} is no checkpoint file: {member.filename} in it is compressed; "
+                    "use the file as torch.save wrote it."
+                )
         damaged = archive.testzip()
     if damaged:
         raise CheckpointError(
@@ -112,23 +131,19 @@ def one_line(error: Exception) -> str:
 
 
 def plain_args(path: Path, args) -> dict:
-    """Arguments of a run as a dict of plain values.
-
-    Raises:
-        CheckpointError: something else hides among them.
-    """
+    """Arguments of a run as a dict of plain values; anything else is left out, and named."""
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    for name, value in (args or {}).items():
+    if not isinstance(args, dict):
+        logger.warning("%s: its args are a %s; left out", path, type(args).__name__)
+        return {}
+    plain = {}
+    for name, value in args.items():
         values = value if isinstance(value, (list, tuple)) else [value]
-        if not isinstance(name, str) or not all(isinstance(v, PLAIN) for v in values):
+        if isinstance(name, str) and all(type(v) in PLAIN for v in values):
+            plain[name] = value
+        else:
             logger.warning("%s: argument %s is a %s; left out", path, name, type(value).__name__)
-    return {
-        name: value
-        for name, value in (args or {}).items()
-        if all(
-            isinstance(v, PLAIN) for v in (value if isinstance(value, (list, tuple)) else [value])
-        )
-    }
+    return plain
 
 
 def weights_of(checkpoint: dict, source: str = "the checkpoint") -> dict[str, Tensor]:
@@ -157,7 +172,7 @@ def kind_of(weights: dict[str, Tensor]) -> str:
     """ "pre-training", "fine-tuned", "encoder" or "unknown", told by the names of the weights."""
     if "mask_token" in weights:
         return "pre-training"
-    if "head.weight" in weights:
+    if "head.weight" in weights or "head.1.weight" in weights:
         return "fine-tuned"
     return "encoder" if "patch_embed.proj.weight" in weights else "unknown"
 
@@ -247,13 +262,15 @@ def load_strict(model: nn.Module, weights: dict[str, Tensor], source: str) -> No
         model.load_state_dict(weights)
         return
     found, wanted = kind_of(weights), kind_of(own)
-    if found != wanted and wanted == "fine-tuned" and found != "unknown":
-        raise CheckpointError(
-            f"{source} is a {found} checkpoint, a fine-tuned one is needed here: "
-            "give it to --finetune instead of --resume."
-        )
     if found != wanted:
-        raise CheckpointError(f"{source} is a {found} checkpoint, a {wanted} one is needed here.")
+        remedies = {"fine-tuned": "--finetune", "pre-training": "--init_from"}
+        remedy = f"check what the file is (its first entries: {', '.join(list(weights)[:3])})"
+        if found != "unknown" and wanted in remedies:
+            remedy = f"to start from its encoder, give it to {remedies[wanted]} instead of --resume"
+        raise CheckpointError(
+            f"{source} is a checkpoint of kind {found!r}, one of kind {wanted!r} is needed here; "
+            f"{remedy}."
+        )
     examples = [f"missing {n}" for n in missing[:2]] + [
         f"not of this model {n}" for n in unexpected[:2]
     ]
@@ -277,26 +294,52 @@ def write_checkpoint(checkpoint: dict, path: Path, links: list[Path] = ()) -> No
     Raises:
         OSError: the disk is full or the folder cannot be written; says where, with the room left.
     """
-    waiting = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    pid = os.getpid()
+    waiting = path.with_name(f"{path.name}.tmp.{pid}")
     try:
         with open(waiting, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         for link in links:
-            second = link.with_name(f"{link.name}.tmp.{os.getpid()}")
+            second = link.with_name(f"{link.name}.tmp.{pid}")
             second.unlink(missing_ok=True)
-            os.link(waiting, second)
+            link_or_copy(waiting, second)
             os.replace(second, link)
         os.replace(waiting, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            waiting.unlink()
+        for leftover in (waiting, *(link.with_name(f"{link.name}.tmp.{pid}") for link in links)):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+        before = "the one before it is as it was" if path.exists() else "there is none before it"
         raise OSError(
             f"Cannot write the checkpoint {path} ({one_line(error)}; {room_left(path.parent)}); "
-            "the one before it is as it was."
+            f"{before}."
         ) from error
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
+        with open(target, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step, so that a kill leaves the old one or the new one."""
+    waiting = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    with open(waiting, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(waiting, path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -318,8 +361,9 @@ def room_left(folder: Path) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what an interrupted write left behind."""
-    for leftover in folder.glob("*.pth.tmp.*"):
-        leftover.unlink(missing_ok=True)
+    for name in ("*.pth.tmp.*", "log.txt.tmp.*"):
+        for leftover in folder.glob(name):
+            leftover.unlink(missing_ok=True)
 
 
 def save_model(

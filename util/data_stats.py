@@ -2,7 +2,8 @@
 
     python -m util.data_stats PATH
 
-PATH is a data folder with train/ and val/, a folder of class folders, or any folder of pictures.
+PATH is a data folder with train/ and val/, a folder of class folders, any folder of pictures, or
+what else pre-training takes: a text file that lists pictures, or shards.
 Every picture is opened and decoded (--limit N: N of them, evenly spread): kinds of file, sizes,
 channels, unreadable files by name, class sizes, and mean and deviation of every channel for --mean
 and --std. In these every picture counts the same, whatever its size.
@@ -19,20 +20,33 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from util import run
 from util.cli import IMAGENET_MEAN, IMAGENET_STD
-from util.images import BadImage, read_image
+from util.datasets import find_pictures
+from util.images import (
+    PIL_MODES,
+    BadImage,
+    as_file,
+    is_array,
+    naming,
+    read_image,
+    reason_of,
+    stack_pages,
+    to_tensor,
+)
 from util.report import DEFAULT_WORKERS, imbalance_note, list_files
+from util.shards import is_shards
 
 logger = logging.getLogger(__name__)
 
 GREY = ("1", "L", "I", "F")  # modes with one channel begin so
-DEEP = ("I", "F")  # and of these, those with more than 8 bits
 SHOWN_CLASSES = 20
 SAME = 0.02  # difference from the default mean or deviation that is not worth a flag
 
@@ -55,7 +69,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m util.data_stats", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("path", metavar="PATH", help="folder of pictures, or of train/ and val/")
+    parser.add_argument(
+        "path", metavar="PATH", help="folder of pictures or of train/ and val/, list, or shards"
+    )
     parser.add_argument(
         "--limit", type=int, metavar="N", help="open at most N pictures of each part (default: all)"
     )
@@ -68,32 +84,61 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def examine(path: str) -> Facts:
-    """Open and decode one picture as training does."""
+def examine(path) -> Facts:
+    """Open and decode one picture as training does; `path` may be a member of a shard."""
     try:
-        with Image.open(path) as picture:
-            header = picture.format, picture.mode, *picture.size
-        pixels = read_image(path, channels_of(header[1]))  # uint8 (C, H, W)
-    except (BadImage, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = error.__cause__ or error
-        return Facts(path, problem=(str(reason).strip() or type(reason).__name__).splitlines()[0])
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in pixels])
-    shares = counts / counts.sum(dim=1, keepdim=True, dtype=torch.float64)  # (C, 256)
-    mean, square = (shares @ levels).tolist(), (shares @ levels.square()).tolist()
+        if is_array(path):
+            with naming(path), as_file(path) as file:
+                array = np.lib.format.read_array(file)
+                pixels = to_tensor(array, array.shape[2] if array.ndim == 3 else 1)
+            header = "NPY", str(array.dtype), *reversed(array.shape[:2])
+        else:
+            with naming(path), as_file(path) as file, Image.open(file) as picture:
+                header = picture.format, mode_of(picture), *picture.size
+                channels = channels_of(picture)
+                if channels not in PIL_MODES:
+                    pixels = to_tensor(stack_pages(picture), channels)
+            if channels in PIL_MODES:
+                pixels = read_image(path, channels)
+    except BadImage as error:
+        return Facts(str(path), problem=reason_of(error.__cause__))
     is_grey = len(pixels) > 1 and bool((pixels[:3] == pixels[:1]).all())
-    return Facts(path, "", *header, tuple(mean), tuple(square), is_grey)
+    return Facts("", "", *header, *moments(pixels), is_grey)
 
 
-def channels_of(mode: str) -> int:
-    """Channels that a picture of this Pillow mode should be read with."""
+def mode_of(picture: Image.Image) -> str:
+    """Pillow's mode; with the number of pages, if there are several."""
+    pages = count_pages(picture)
+    return f"{pages} pages {picture.mode}" if pages > 1 else picture.mode
+
+
+def count_pages(picture: Image.Image) -> int:
+    return getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+
+
+def channels_of(picture: Image.Image) -> int:
+    """Channels that this picture should be read with."""
+    if count_pages(picture) > 1:
+        return sum(len(page.getbands()) for page in ImageSequence.Iterator(picture))
+    mode = picture.mode
     return 1 if mode.startswith(GREY) else 4 if mode == "RGBA" else 3
 
 
-class Examination(Dataset):
-    """Facts of every file; for loader processes."""
+def moments(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean, and mean of the squares, of each channel (C, H, W); uint8 as 0..1."""
+    if pixels.dtype != torch.uint8:
+        values = pixels.flatten(1).double()
+        return tuple(values.mean(dim=1).tolist()), tuple(values.square().mean(dim=1).tolist())
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in pixels])
+    shares = counts / counts.sum(dim=1, keepdim=True, dtype=torch.float64)  # (C, 256)
+    return tuple((shares @ levels).tolist()), tuple((shares @ levels.square()).tolist())
 
-    def __init__(self, paths: list[str]):
+
+class Examination(Dataset):
+    """Facts of every picture; for loader processes."""
+
+    def __init__(self, paths: list):
         self.paths = paths
 
     def __len__(self) -> int:
@@ -107,15 +152,15 @@ def as_it_is(item):
     return item
 
 
-def examine_all(paths: list[str], num_workers: int) -> list[Facts]:
-    """Facts of every file, in order."""
+def examine_all(paths: list, num_workers: int) -> list[Facts]:
+    """Facts of every picture, in order."""
     loader = DataLoader(
         Examination(paths), batch_size=None, num_workers=num_workers, collate_fn=as_it_is
     )
     return list(tqdm(loader, desc="examine", unit="picture", disable=None))
 
 
-def spread_evenly(paths: list[str], limit: int | None) -> list[str]:
+def spread_evenly(paths: list, limit: int | None) -> list:
     """At most `limit` of them, from all parts of the list."""
     if limit is None or limit >= len(paths):
         return paths
@@ -185,8 +230,8 @@ def show_facts(facts: list[Facts]) -> None:
         show("", f"mean and std of the {len(main)} pictures with {len(mean)} channels")
     if all(f.is_grey for f in facts):
         show("", "every picture is grey: --in_chans 1 (with one mean and std) would do")
-    if any(f.mode.startswith(DEEP) for f in facts):
-        show("", "pictures with more than 8 bits are read as 8 bits: check that they look right")
+    if any(f.mode.startswith("I;16") for f in facts):
+        show("", "of 16-bit grey the upper 8 bits are used; as .npy arrays all of them would be")
 
 
 def choose_size(facts: list[Facts]) -> tuple[list[int], int, str]:
@@ -236,18 +281,36 @@ def suggest(path: Path, facts: list[Facts], num_train: int, can_finetune: bool) 
     commands = [[*pretrain, "--output_dir", "output/pretrain"]]
     if can_finetune:
         finetune = ["python", "main_finetune.py", "--model", f"vit_{model}", *shared]
-        finetune += ["--aa", ""] if "--in_chans" in shared else []
+        has_arrays = any(f.format == "NPY" for f in facts)
+        finetune += ["--aa", ""] if has_arrays or "--in_chans" in shared else []
         finetune += ["--finetune", "output/pretrain/checkpoint.pth"]
         commands.append([*finetune, "--output_dir", "output/finetune"])
     return [shlex.join(command) for command in commands]
 
 
-def show_part(folder: Path, args) -> tuple[list[Facts], Counter, int]:
-    """Print what one folder holds; returns its readable pictures, class sizes, number of files."""
-    paths = list_files([str(folder)])
+def list_part(place: Path) -> tuple[list, Counter]:
+    """Pictures of a folder, list or shards, and the sizes of its classes, if it has any.
+
+    Raises:
+        FileNotFoundError: there is no such place, or no picture in it.
+        ValueError: the list or the shards cannot be used.
+    """
+    if place.is_dir() and not is_shards(str(place)):
+        paths = list_files([str(place)])
+        return paths, count_classes(place, paths)
+    _, samples, _ = find_pictures(str(place))
+    return [path for path, _ in samples], Counter()
+
+
+def show_part(place: Path, args) -> tuple[list[Facts], Counter, int]:
+    """Print what one place holds; returns its readable pictures, class sizes, number of pictures.
+
+    Raises:
+        FileNotFoundError, ValueError: as list_part.
+    """
+    paths, counts = list_part(place)
     chosen = spread_evenly(paths, args.limit)
-    print(f"{folder}: {len(paths)} pictures")
-    counts = count_classes(folder, paths)
+    print(f"{place}: {len(paths)} pictures")
     if counts:
         show_classes(counts)
     if len(chosen) < len(paths):
@@ -267,17 +330,14 @@ def main(args: argparse.Namespace) -> None:
     """Examine and print.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no picture in it.
-        ValueError: a flag is out of its range.
+        ValueError: a flag is out of its range; else as list_part.
     """
-    folder = Path(args.path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}; name one that holds pictures.")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit is {args.limit}; it must be at least 1.")
     if args.num_workers < 0:
         raise ValueError(f"--num_workers is {args.num_workers}; it must not be negative.")
-    parts = [folder / name for name in ("train", "val") if (folder / name).is_dir()] or [folder]
+    place = Path(args.path)
+    parts = [place / name for name in ("train", "val") if (place / name).is_dir()] or [place]
     found = [show_part(part, args) for part in parts]
     facts, counts, num_train = found[0]
     if len(found) == 2 and set(counts) != set(found[1][1]):
@@ -287,7 +347,7 @@ def main(args: argparse.Namespace) -> None:
     if facts:
         can_finetune = len(found) == 2 and len(counts) > 1 and set(counts) == set(found[1][1])
         print("\nTo begin with:\n")
-        data_path = folder.parent if folder.name == "train" else folder
+        data_path = place.parent if place.name == "train" else place
         for command in suggest(data_path, facts, num_train, can_finetune):
             print(command)
 

@@ -12,6 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 logger = logging.getLogger(__name__)
 
+LOST_PEER = (  # what gloo says when a process does not answer
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+    "Read timeout",
+    "Read error",
+    "Socket closed",
+)
+
 
 def init_distributed_mode(args) -> None:
     """Find out how this process was started and join the others.
@@ -23,7 +33,7 @@ def init_distributed_mode(args) -> None:
     Raises:
         ValueError: the device does not exist, or SLURM started several tasks without saying where
             rank 0 listens.
-        RuntimeError: the group could not be formed.
+        OSError: the group could not be formed.
     """
     args.rank, args.world_size, args.gpu = read_launcher(os.environ, args.dist_on_itp)
     args.distributed = args.world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
@@ -35,23 +45,58 @@ def init_distributed_mode(args) -> None:
     where = args.dist_url
     if where == "env://":
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    timeout = datetime.timedelta(seconds=args.dist_timeout)
     try:
+        store = connect_attempt(args, timeout)
         dist.init_process_group(
             args.dist_backend,
-            init_method=args.dist_url,
+            init_method=None if store else args.dist_url,
+            store=store,
             rank=args.rank,
             world_size=args.world_size,
-            timeout=datetime.timedelta(seconds=args.dist_timeout),
+            timeout=timeout,
             device_id=args.device if args.device.type == "cuda" else None,
         )
+        dist.barrier()
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-        raise RuntimeError(
+        raise OSError(
             f"Rank {args.rank} of {args.world_size} could not join the others at {where} within "
             f"{args.dist_timeout} s ({str(error).splitlines()[0]}); check that every process is "
             "running, that address and port are reachable, and that the port is free "
             "(another --master_port)."
         ) from error
-    dist.barrier()
+
+
+def connect_attempt(args, timeout: datetime.timedelta):
+    """The store of this attempt, where torchrun keeps one store for all its restarts; else None.
+
+    The store still holds the addresses of the processes that died, so every attempt gets a part of
+    its own. Between several hosts torchrun does not count attempts alike; there its environment
+    variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt another store.
+    """
+    env = os.environ
+    is_shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if args.dist_url != "env://" or not is_shared or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = dist.TCPStore(address, port, args.world_size, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt_{env['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def explain_lost_peer(error: Exception) -> str | None:
+    """One sentence for the failure of a collective; None if the error is something else."""
+    text = str(error).strip()
+    if not is_distributed() or not (
+        isinstance(error, dist.DistError) or any(words in text for words in LOST_PEER)
+    ):
+        return None
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return (
+        f"Rank {get_rank()} of {get_world_size()} (group at {where}) lost the others "
+        f"({text.splitlines()[0][-160:]}): a process ended, hung for longer than --dist_timeout, "
+        "or the network is down; see what the other ranks say. --resume auto goes on from the last "
+        "checkpoint."
+    )
 
 
 def read_launcher(env, dist_on_itp: bool) -> tuple[int, int, int]:

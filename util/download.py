@@ -1,22 +1,45 @@
 """Files from the network: https and hf:// addresses, kept in torch's cache folder."""
 
+import hashlib
 import logging
+import os
+import re
+import urllib.request
+from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.error import URLError
+from urllib.parse import urldefrag, urlparse
 
 import torch
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # torch's custom: name-0a1b2c3d.pth
+CHUNK = 1 << 20  # bytes
+
+
+class HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to another https address only."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not newurl.startswith("https://"):
+            raise URLError(f"it leads on to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def fetch(source: str, sha256: str | None = None) -> str:
     """Path of a local copy; a plain path comes back as it is.
 
+    The hash may also stand in the address: https://host/file.pth#sha256=..., or in the file's name
+    as torch's own files have it. It may be the beginning of the whole one.
+
     Args:
-        sha256: what the file's hash must be, or None.
+        sha256: what the file's hash must begin with, or None.
 
     Raises:
-        ValueError: the address is neither https nor hf, or the file could not be had.
+        ValueError: the address is neither https nor hf, the file could not be had, or its hash is
+            another.
     """
     if "://" not in source:
         return source
@@ -26,18 +49,68 @@ def fetch(source: str, sha256: str | None = None) -> str:
         raise ValueError(
             f"{source}: only https:// and hf:// addresses are read; download it yourself."
         )
-    name = Path(urlparse(source).path).name
-    cached = Path(torch.hub.get_dir(), "checkpoints", name)
+    address, fragment = urldefrag(source)
+    name = Path(urlparse(address).path).name or "file"
+    wanted = sha256 or fragment.removeprefix("sha256=") or hash_in(name)
+    key = hashlib.sha256(address.encode()).hexdigest()[:12]  # names repeat, addresses do not
+    cached = Path(torch.hub.get_dir(), "checkpoints", f"{key}-{name}")
     if not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        logger.info("Downloading %s to %s", source, cached)
-        try:
-            torch.hub.download_url_to_file(source, str(cached), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"Could not download {source} ({error}); check address and network."
-            ) from error
+        download(address, cached, wanted)
+    elif wanted:
+        check_hash(address, file_hash(cached), wanted)
     return str(cached)
+
+
+def hash_in(name: str) -> str:
+    """Beginning of the hash in a file's name, or ''; digits alone are a date or a size."""
+    found = HASH_IN_NAME.search(name)
+    return found[1] if found and not found[1].isdecimal() else ""
+
+
+def download(address: str, target: Path, wanted: str) -> None:
+    """Get a file with a progress bar; it appears at `target` complete or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    waiting = target.with_name(f"{target.name}.tmp.{os.getpid()}")
+    digest = hashlib.sha256()
+    logger.info("Downloading %s to %s", address, target)
+    try:
+        opener = urllib.request.build_opener(HttpsOnly)
+        request = urllib.request.Request(address, headers={"User-Agent": "torch.hub"})
+        with opener.open(request, timeout=60) as answer, open(waiting, "wb") as file:
+            size = int(answer.headers.get("Content-Length", 0))
+            got = 0
+            with tqdm(total=size or None, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+                while chunk := answer.read(CHUNK):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+                    got += len(chunk)
+            if size and got != size:
+                raise OSError(f"{got:,} of {size:,} bytes came")
+            file.flush()
+            os.fsync(file.fileno())
+        check_hash(address, digest.hexdigest(), wanted)
+        os.replace(waiting, target)
+    except (OSError, HTTPException) as error:  # urllib's errors are OSErrors
+        raise ValueError(
+            f"Could not download {address} ({error}); check address, network and the room in "
+            f"{target.parent}."
+        ) from error
+    finally:
+        waiting.unlink(missing_ok=True)
+
+
+def check_hash(address: str, found: str, wanted: str) -> None:
+    """Raises ValueError unless the hash begins with what is wanted."""
+    if not found.startswith(wanted.lower()):
+        raise ValueError(
+            f"{address} has the SHA-256 {found}, not {wanted}; it is not the file that was meant."
+        )
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_from_hub(source: str) -> str:
@@ -46,11 +119,11 @@ def fetch_from_hub(source: str) -> str:
     """
     from huggingface_hub import hf_hub_download
 
-    owner, repository, *path = source.removeprefix("hf://").split("/")
-    if not path:
+    owner, repository, *path = [*source.removeprefix("hf://").split("/"), "", ""]
+    if not any(path):
         raise ValueError(f"{source} names no file; write hf://owner/repository/path.")
     try:
-        return hf_hub_download(f"{owner}/{repository}", "/".join(path))
+        return hf_hub_download(f"{owner}/{repository}", "/".join(path).rstrip("/"))
     except Exception as error:  # the hub's errors have no common ancestor
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"Could not get {source} ({reason}); check name and network.") from error

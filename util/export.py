@@ -73,6 +73,19 @@ def is_classifier(model: nn.Module) -> bool:
     return hasattr(model, "head")
 
 
+def fold_probe(model: nn.Module) -> None:
+    """Make one linear layer of a linear probe's BatchNorm and linear layer.
+
+    In evaluation they are the same function, and other software knows no such head.
+    """
+    norm, linear = model.head
+    with torch.no_grad():
+        scale = (norm.running_var + norm.eps).rsqrt()  # (D,)
+        linear.bias -= linear.weight @ (norm.running_mean * scale)
+        linear.weight *= scale
+    model.head = linear
+
+
 def describe(model: nn.Module, trained) -> dict[str, str]:
     """What the model is, as strings: lists and numbers as JSON.
 
@@ -315,6 +328,9 @@ def main(args: argparse.Namespace) -> None:
     if args.features and args.to != "onnx":
         raise ValueError("--features belongs to --to onnx; leave it out.")
     model, trained = load_trained(args.checkpoint, model=args.model)
+    if is_classifier(model) and isinstance(model.head, nn.Sequential):
+        fold_probe(model)
+        trained.linear_probe = False
     WRITERS[args.to](model, trained, args)
 
 

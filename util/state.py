@@ -21,6 +21,7 @@ from util.checkpoint import (
     read_checkpoint,
     remove_leftovers,
     save_model,
+    write_text,
 )
 from util.distributed import all_reduce_max, get_rank, get_world_size, is_main_process
 
@@ -30,6 +31,7 @@ CHECK_EVERY = (
     20  # updates between two looks at signals and clock on a GPU, where looking costs a wait
 )
 LAYOUT = ("world_size", "batch_size", "accum_iter", "seed")  # what the order of images depends on
+POSITION = {*LAYOUT, "iteration", "meters", "best", "random"}  # what a state has
 
 
 class RunState:
@@ -46,6 +48,8 @@ class RunState:
         self.meters: dict[str, list[float]] = {}  # of the epoch so far: [total, count]
         self.best: float | None = None  # best acc1 so far
         self.last_save = time.monotonic()
+        self.last_saved = ""  # file and position of the last checkpoint of this run, in words
+        self.writer = None  # TensorBoard's, of the epoch that runs
 
     def resume(self) -> None:
         """Take up the run in args.resume; `auto` is the newest complete one in the output folder.
@@ -55,13 +59,36 @@ class RunState:
         """
         if self.args.resume == "auto":
             self.args.resume = find_newest(Path(self.args.output_dir))
-            if not self.args.resume:
-                logger.info("No checkpoint in %s yet: starting fresh", self.args.output_dir)
-                return
-        checkpoint = load_model(self.args, self.model, self.optimizer, self.loss_scaler)
-        self.epoch = self.args.start_epoch
-        state = checkpoint.get("state")
-        if state is None:
+        if self.args.resume:
+            checkpoint = load_model(self.args, self.model, self.optimizer, self.loss_scaler)
+            self.epoch = self.args.start_epoch
+            self.take_position(checkpoint.get("state"))
+            self.last_saved = self.describe(self.args.resume)
+        else:
+            logger.info("No checkpoint in %s yet: starting fresh", self.args.output_dir)
+        self.check_agreement()
+
+    def describe(self, path: str | Path) -> str:
+        """A checkpoint of the present position, in words."""
+        where = f"epoch {self.epoch}, iteration {self.iteration}"
+        return f"{path}, which goes on at {where}"
+
+    def check_agreement(self) -> None:
+        """Raises CheckpointError, on every process, unless all of them stand at the same place."""
+        place = [self.epoch, self.iteration]
+        ends = all_reduce_max(place + [-x for x in place], self.args.device)
+        if ends[:2] != [-x for x in ends[2:]]:
+            raise CheckpointError(
+                f"The processes found different checkpoints: rank {get_rank()} would go on with "
+                f"{self.last_saved or 'a fresh start'}; --output_dir must be a folder that all "
+                "hosts share."
+            )
+
+    def take_position(self, state: dict | None) -> None:
+        """Go on inside the epoch, if images come in the order of the run that wrote the state."""
+        if not isinstance(state, dict) or not {*LAYOUT, "best", "iteration", "random"} <= set(
+            state
+        ):
             logger.info("The file holds no position and random states; its next epoch starts fresh")
             return
         self.best = state["best"]
@@ -101,6 +128,7 @@ class RunState:
             Interrupted: on every process, after saving, when any of them got a stop signal.
         """
         args = self.args
+        self.writer = log.writer
         if args.device.type == "cuda" and iteration // args.accum_iter % CHECK_EVERY:
             return
         minutes = (time.monotonic() - self.last_save) / 60
@@ -152,6 +180,8 @@ class RunState:
         Raises:
             OSError: on every rank, if rank 0 could not write.
         """
+        if self.writer is not None:
+            self.writer.flush()  # the curve must not have a gap where a killed run went on
         own = get_random_state(self.args.device)
         states = [own]
         if get_world_size() > 1:
@@ -182,6 +212,7 @@ class RunState:
         if failed:
             raise problem or OSError("Rank 0 could not write the checkpoint; see its message.")
         self.last_save = time.monotonic()
+        self.last_saved = self.describe(Path(self.args.output_dir, "checkpoint.pth"))
 
 
 def find_newest(folder: Path) -> str:
@@ -225,7 +256,7 @@ def tidy_output(args, first_epoch: int) -> None:
             line for line in lines if line.endswith("}") and json.loads(line)["epoch"] < first_epoch
         ]
         if kept != lines:
-            log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_text(log, "".join(f"{line}\n" for line in kept))
 
 
 def get_random_state(device: torch.device) -> dict:

@@ -78,7 +78,7 @@ class ViTBackbone(nn.Module):
         """Class token, then patches with positions: all (B, 1 + L, D), or those of ids (B, V)."""
         positions = self.pos_embed[:, 1:] if ids is None else self.pos_embed[0, 1:][ids]
         x = self.patch_embed(imgs, ids) + positions
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
     def run_blocks(self, x: Tensor, number: int | None = None) -> Iterator[Tensor]:

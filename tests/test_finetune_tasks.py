@@ -1,0 +1,80 @@
+"""What main_finetune.py does besides fine-tuning: linear probe, report, predictions."""
+
+import csv
+
+import pytest
+import torch
+
+import main_finetune
+import main_pretrain
+from util.checkpoint import read_checkpoint
+from util.run import start_logging
+
+SMALL = "--input_size 16 --batch_size 4 --num_workers 0 --device cpu".split()
+MODEL = ["--model", "vit_mini_patch4", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, image_folder):
+    """A folder with a pre-trained run (pre/) and a fine-tuned one (fine/)."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = ["--data_path", str(image_folder), "--epochs", "1", "--warmup_epochs", "0"]
+    flags = ["--model", "mae_vit_mini_patch4", "--cross_mae", "--weight_fm", *SMALL, *data]
+    flags += ["--decoder_depth", "1", "--output_dir", f"{folder}/pre"]
+    main_pretrain.main(main_pretrain.get_args_parser().parse_args(flags))
+    flags = [*MODEL, *data, "--finetune", f"{folder}/pre/checkpoint.pth"]
+    main_finetune.main(main_finetune.parse_args([*flags, "--output_dir", f"{folder}/fine"]))
+    return folder
+
+
+def test_a_linear_probe_leaves_the_encoder_as_it_is(runs, image_folder, tmp_path, capsys):
+    flags = [*MODEL, "--linear_probe", "--finetune", f"{runs}/pre/checkpoint.pth", "--lr", "1"]
+    flags += ["--data_path", str(image_folder), "--epochs", "2", "--warmup_epochs", "0"]
+    main_finetune.main(main_finetune.parse_args([*flags, "--output_dir", str(tmp_path)]))
+    out = capsys.readouterr().out
+    before = read_checkpoint(runs / "pre/checkpoint.pth")["model"]
+    after = read_checkpoint(tmp_path / "checkpoint.pth")["model"]
+    shared = [name for name in before if name in after]
+    assert len(shared) == 4 + 6 * 12  # cls_token, pos_embed, patch_embed.* and six blocks
+    assert all(torch.equal(before[name], after[name]) for name in shared)
+    assert "head.1.weight" in after and "head.0.running_mean" in after
+    assert after["head.1.weight"].std() > 0.01 and after["head.0.num_batches_tracked"] == 4
+    assert "norm.weight" in after and "fc_norm.weight" not in after  # the class token is read
+    assert "number of params (M): 0.00" in out  # the head alone
+
+    evaluation = [*MODEL, "--linear_probe", "--eval", "--resume", str(tmp_path / "checkpoint.pth")]
+    main_finetune.main(main_finetune.parse_args([*evaluation, "--data_path", str(image_folder)]))
+    assert "* Acc@1" in capsys.readouterr().out
+
+
+def test_the_probe_has_the_published_defaults_and_obeys_flags():
+    args = main_finetune.parse_args(["--linear_probe", "--finetune", "x"])
+    assert (args.blr, args.epochs, args.warmup_epochs, args.weight_decay) == (0.1, 90, 10, 0.0)
+    assert args.global_pool is False and args.aa == "" and args.reprob == 0
+    assert main_finetune.parse_args(["--linear_probe", "--epochs", "7"]).epochs == 7
+    assert main_finetune.parse_args([]).epochs == 50
+
+
+def test_report(runs, image_folder, tmp_path, capsys):
+    flags = [*MODEL, "--eval", "--resume", f"{runs}/fine/checkpoint.pth"]
+    flags += ["--data_path", str(image_folder), "--report", str(tmp_path / "report")]
+    start_logging()
+    main_finetune.main(main_finetune.parse_args(flags))
+    out = capsys.readouterr().out
+    rows = list(csv.reader(open(tmp_path / "report/confusion.csv")))
+    assert [row[0] for row in rows[1:]] == ["a", "b"]
+    counts = [[int(x) for x in row[1:]] for row in rows[1:]]
+    assert [sum(row) for row in counts] == [4, 4]
+    accuracy = 100 * (counts[0][0] + counts[1][1]) / 8
+    assert f"* Acc@1 {accuracy:.3f}" in out
+    assert (tmp_path / "report/confusion.png").stat().st_size > 0
+    assert "Acc@5 says nothing with 2 classes" in out
+
+
+def test_predict_reads_everything_from_the_checkpoint(runs, image_folder, tmp_path):
+    flags = ["--predict", str(image_folder / "val"), "--resume", f"{runs}/fine/checkpoint.pth"]
+    flags += ["--num_workers", "0", "--device", "cpu", "--output_dir", str(tmp_path)]
+    main_finetune.main(main_finetune.parse_args(flags))
+    rows = list(csv.DictReader(open(tmp_path / "predictions.csv")))
+    assert len(rows) == 8 and {row["class"] for row in rows} <= {"a", "b"}
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)

@@ -1,0 +1,223 @@
+"""The order of pictures, pictures that are replaced, and what a slow data set is told."""
+
+import logging
+import re
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import util.loaders
+from engine_pretrain import train_one_epoch
+from util.datasets import MAX_ATTEMPTS, build_dataset, build_pretrain_dataset
+from util.images import BadImage
+from util.loaders import (
+    EvalBatches,
+    TrainBatches,
+    build_eval_loader,
+    build_loader,
+    build_train_loader,
+)
+from util.optim import NativeScalerWithGradNormCount
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def settings(folder, **changes) -> Namespace:
+    pictures = dict(input_size=32, in_chans=3, mean=MEAN, std=STD, loader="fast", seed=0)
+    loading = dict(batch_size=4, num_workers=0, prefetch=2, pin_mem=False, accum_iter=1)
+    augment = dict(color_jitter=None, aa="", reprob=0.0, remode="pixel", recount=1)
+    more = dict(device=torch.device("cpu"), data_path=str(folder), skip_bad_images=False)
+    return Namespace(**(pictures | loading | augment | more | changes))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A flat folder of 24 pictures, 0.png ... 23.png, each of one colour, its number times ten."""
+    for number in range(24):
+        Image.new("RGB", (40, 40), (10 * number,) * 3).save(tmp_path / f"{number:02d}.png")
+    return tmp_path
+
+
+def numbers_in(batches) -> list[int]:
+    """Which of the pictures, by their colour, in normalised batches."""
+    imgs = torch.cat([imgs for imgs, _ in batches])
+    return ((imgs[:, 0, 0, 0] * STD[0] + MEAN[0]) * 25.5).round().int().tolist()
+
+
+def spoil(folder, *numbers: int) -> list[str]:
+    """Cut these pictures off in the middle; their paths."""
+    paths = [folder / f"{number:02d}.png" for number in numbers]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:60])
+    return [str(path) for path in paths]
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 4), (2, 4), (3, 5)])
+def test_processes_share_an_epoch(world_size, batch_size, monkeypatch):
+    """Equally many full batches, no picture twice, another order and other left-overs each time."""
+    monkeypatch.setattr(util.loaders, "get_world_size", lambda: world_size)
+    epochs = []
+    for epoch in (0, 1, 0):
+        drawn = []
+        for rank in range(world_size):
+            monkeypatch.setattr(util.loaders, "get_rank", lambda rank=rank: rank)
+            batches = TrainBatches(47, batch_size, seed=3)
+            batches.set_epoch(epoch)
+            assert len(list(batches)) == len(batches) == 47 // world_size // batch_size
+            assert all(len(batch) == batch_size for batch in batches)
+            drawn += [key for batch in batches for key in batch]
+        assert len(set(drawn)) == len(drawn) and {e for e, _ in drawn} == {epoch}
+        epochs.append([number for _, number in drawn])
+    assert epochs[0] == epochs[2] != epochs[1] and set(epochs[0]) != set(epochs[1])
+
+
+def test_an_epoch_goes_on_where_it_was_left():
+    batches = TrainBatches(47, 4, seed=3)
+    batches.set_epoch(2)
+    whole = list(batches)
+    batches.set_epoch(2, first=7)
+    assert list(batches) == whole[7:] and len(batches) == len(whole) == 11
+
+
+def test_evaluation_takes_every_picture_once():
+    parts = [EvalBatches(23, 4, part, 3) for part in range(3)]
+    assert [len(part) for part in parts] == [len(list(part)) for part in parts] == [2, 2, 2]
+    assert sorted(n for part in parts for batch in part for _, n in batch) == list(range(23))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_epochs_of_pictures(pictures, num_workers):
+    """Every picture once per epoch; batches travel as uint8; loader processes live on."""
+    args = settings(pictures, num_workers=num_workers)
+    loader = build_train_loader(build_pretrain_dataset(args), args)
+    assert next(iter(loader.loader))[0].dtype == torch.uint8
+    orders = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert all(imgs.dtype == torch.float32 for imgs, _ in batches)
+        orders.append(numbers_in(batches))
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(24)) and orders[0] != orders[1]
+    assert loader.loader.persistent_workers is (num_workers > 0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_a_bad_picture_stops_training(pictures, num_workers, kind):
+    """With its path, out of a loader process as well."""
+    (path,) = spoil(pictures, 13)
+    args = settings(pictures, num_workers=num_workers)
+    if kind == "pretrain":
+        dataset = build_pretrain_dataset(args)
+    else:
+        args.data_path = as_classes(pictures)
+        dataset, path = build_dataset(True, args), "train/cat/13.png"
+    with pytest.raises(BadImage, match=f"Cannot read the image .*{path} "):
+        list(build_train_loader(dataset, args))
+
+
+def as_classes(folder) -> str:
+    """The same pictures as DATA/train/cat and DATA/val/cat."""
+    root = folder / ".classes"
+    for split in ("train", "val"):
+        (root / split).mkdir(parents=True)
+        (root / split / "cat").symlink_to(folder)
+    return str(root)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_pictures_are_replaced_and_counted(pictures, num_workers, caplog):
+    """By the next good one, the same every time, and with a warning in every epoch."""
+    paths = spoil(pictures, 5, 6, 23)
+    args = settings(pictures, num_workers=num_workers, skip_bad_images=True)
+    loader = build_train_loader(build_pretrain_dataset(args), args)
+    expected = sorted([*range(24), 7, 7, 0])
+    for bad in (5, 6, 23):
+        expected.remove(bad)
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        caplog.clear()
+        batches = list(loader)
+        assert sorted(numbers_in(batches)) == expected and len(batches[0]) == 2
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert f"Epoch: [{epoch}] replaced 3 unreadable images by others" in record.getMessage()
+        assert all(path in record.getMessage() for path in paths)
+    again = build_train_loader(build_pretrain_dataset(args), args)
+    again.set_epoch(1)
+    assert all(a.equal(b) for (a, _), (b, _) in zip(batches, again, strict=True))
+
+
+def test_good_pictures_are_not_reported(pictures, caplog):
+    args = settings(pictures, skip_bad_images=True)
+    plain = settings(pictures)
+    loaders = [build_train_loader(build_pretrain_dataset(a), a) for a in (args, plain)]
+    assert all(a.equal(b) for (a, _), (b, _) in zip(*loaders, strict=True))
+    assert not caplog.records
+
+
+def test_long_lists_are_shortened(pictures, caplog):
+    spoil(pictures, *range(0, 24, 3))
+    args = settings(pictures, skip_bad_images=True)
+    list(build_train_loader(build_pretrain_dataset(args), args))
+    message = caplog.messages[0]
+    assert "replaced 8 unreadable" in message and message.endswith(" and 3 more")
+    assert message.count(".png") == 5
+
+
+def test_too_many_bad_pictures_stop_training_all_the_same(pictures):
+    paths = spoil(pictures, *range(3, 3 + MAX_ATTEMPTS))
+    args = settings(pictures, skip_bad_images=True)
+    with pytest.raises(BadImage, match=f"{MAX_ATTEMPTS} pictures in a row.*{paths[-1]}"):
+        list(build_train_loader(build_pretrain_dataset(args), args))
+
+
+def test_fine_tuning_replaces_in_training_and_never_in_evaluation(pictures, caplog):
+    spoil(pictures, 5)
+    args = settings(pictures, skip_bad_images=True)
+    args.data_path = as_classes(pictures)
+    batches = list(build_train_loader(build_dataset(True, args), args))
+    assert len(batches) == 6 and "replaced 1 unreadable images" in caplog.text
+    with pytest.raises(BadImage, match="val/cat/05.png"):
+        list(build_eval_loader(build_dataset(False, args), args, split=False))
+
+
+def test_fewer_pictures_than_a_batch(pictures):
+    args = settings(pictures, batch_size=32)
+    with pytest.raises(ValueError, match="24 training images give 0 batches .*--batch_size 32"):
+        build_train_loader(build_pretrain_dataset(args), args)
+    args = settings(pictures, accum_iter=7)
+    with pytest.raises(ValueError, match="fewer than --accum_iter 7"):
+        build_train_loader(build_pretrain_dataset(args), args)
+
+
+class Slow(Dataset):
+    """Takes its time for every picture."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __getitem__(self, key):
+        time.sleep(self.seconds)
+        return torch.zeros(3, 32, 32), 0
+
+
+@pytest.mark.parametrize("seconds, waits", [(0.05, True), (0.0, False)])
+def test_a_slow_data_set_is_named_with_the_remedy(seconds, waits, tiny_cross, caplog):
+    """Over 30 % of the time spent waiting: one sentence with the flag that changes it."""
+    caplog.set_level(logging.INFO)
+    args = settings("", lr=0.1, min_lr=0.1, warmup_epochs=0, epochs=1)
+    args.mask_ratio, args.kept_mask_ratio = 0.75, 0.5
+    model = tiny_cross()
+    loader = build_loader(Slow(seconds), TrainBatches(16, 4, 0), args)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = NativeScalerWithGradNormCount()
+    train_one_epoch(model, loader, optimizer, args.device, 0, scaler, args=args)
+    hints = [m for m in caplog.messages if "raise --num_workers (now 0)" in m]
+    assert len(hints) == waits
+    (share,) = re.findall(r"waited for data (\d+) %", caplog.text)
+    assert (int(share) > 30) is waits
