@@ -196,11 +196,15 @@ class Case:
 
     def check(self, folder: Path) -> None:
         """The folder holds what the undisturbed run's holds, to the bit."""
-        from util.checkpoint import read_checkpoint
-
         for rank in range(self.size):
             done, expected = (read_steps(f / f"steps.{rank}") for f in (folder, self.folder))
             assert set(done) == set(expected), f"rank {rank}: losses differ"
+        self.check_files(folder)
+
+    def check_files(self, folder: Path) -> None:
+        """Log and last checkpoint are those of the undisturbed run."""
+        from util.checkpoint import read_checkpoint
+
         assert read_log(folder) == read_log(self.folder)
         own, other = (read_checkpoint(f / "checkpoint.pth") for f in (folder, self.folder))
         for entry in ("model", "optimizer", "epoch", "scaler", "state", "class_names"):
@@ -241,6 +245,29 @@ def small_pictures() -> Path:
 
 LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 warm = Warm()
+
+
+def launch(command: list[str], output: Path, *more) -> subprocess.Popen:
+    """Start a script on two processes with torchrun, its own way, in a session of its own.
+
+    Args:
+        command: main_pretrain or main_finetune, and its flags.
+        more: flags of torchrun.
+    """
+    script, *flags = command
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line += [*more, ROOT / f"{script}.py", *flags]
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES}
+    with open(output, "wb") as file:
+        return subprocess.Popen(
+            list(map(str, line)),
+            cwd=ROOT,
+            env=env | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def free_port() -> int:

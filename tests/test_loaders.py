@@ -1,6 +1,7 @@
 """The order of pictures, pictures that are replaced, and what a slow data set is told."""
 
 import logging
+import multiprocessing
 import re
 import time
 from argparse import Namespace
@@ -32,6 +33,14 @@ def settings(folder, **changes) -> Namespace:
     augment = dict(color_jitter=None, aa="", reprob=0.0, remode="pixel", recount=1)
     more = dict(device=torch.device("cpu"), data_path=str(folder), skip_bad_images=False)
     return Namespace(**(pictures | loading | augment | more | changes))
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """Loader processes of a loader that a test leaves in its middle ignore being asked to end."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture

@@ -2,16 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from processes import (
     EPOCHS,
-    LAUNCHER_NAMES,
-    ROOT,
     STEPS,
+    launch,
     read_steps,
     undisturbed,
     wait_until,
@@ -94,19 +91,9 @@ def test_signal_at_the_end_of_a_run(tmp_path):
 def test_torchrun(number, tmp_path):
     """torchrun passes the signal on to the groups of its ranks, loader processes included."""
     case = undisturbed("main_pretrain", 2)
-    script, *flags = case.command(tmp_path, "--num_workers", 2, "--epochs", 40)
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    launch += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES}
-    with open(tmp_path / "out", "wb") as out:
-        launcher = subprocess.Popen(
-            list(map(str, [sys.executable, *launch, ROOT / f"{script}.py", *flags])),
-            cwd=ROOT,
-            env=env | {"OMP_NUM_THREADS": "1"},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    command = case.command(tmp_path, "--num_workers", 2, "--epochs", 40)
+    launcher = launch(command, tmp_path / "out", "--signals-to-handle", handled)
     try:
         wait_until((tmp_path / "checkpoint.pth").exists, 180, 0.05)
         if number == signal.SIGINT:  # Ctrl-C reaches everybody in the terminal's group

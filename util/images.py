@@ -28,6 +28,7 @@ EXTENSIONS = (
 )
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
+JPEG_MODES = {1: ("L",), 3: ("L", "RGB")}  # of files that torchvision reads as Pillow does
 PAGE_MODES = ("L", "LA", "RGB", "RGBA", "F", "I;16", "I;16B", "I;16L")  # without loss as arrays
 JPEG_MAGIC = b"\xff\xd8\xff"
 FAULTS = (  # what decoders raise on damaged files
@@ -64,8 +65,7 @@ def open_image(path, in_chans: int = 3) -> Image.Image | Tensor:
 def read_image(path, in_chans: int = 3) -> Tensor:
     """Read a picture as a uint8 tensor (C, H, W); JPEG without Pillow, which takes half the time.
 
-    The pixels are those of `open_image`, but for grey ones made of coloured JPEG, which are the
-    file's own and not computed from rounded colours.
+    The pixels are those of `open_image`.
 
     Args:
         in_chans: 1, 3 or 4.
@@ -77,11 +77,17 @@ def read_image(path, in_chans: int = 3) -> Tensor:
         with naming(path), as_file(path) as file:
             data = file.read() if file.read(3) == JPEG_MAGIC else b""
         with contextlib.suppress(RuntimeError, *FAULTS):  # then Pillow decides
-            if data:
-                data = bytearray(JPEG_MAGIC + data)
-                Image.open(io.BytesIO(data)).close()  # refuses sizes that would fill the memory
-                return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), READ_MODES[in_chans])
+            if data and (pixels := decode(bytearray(JPEG_MAGIC + data), in_chans)) is not None:
+                return pixels
     return pil_to_tensor(open_image(path, in_chans))
+
+
+def decode(data: bytearray, in_chans: int) -> Tensor | None:
+    """A JPEG file as uint8 (C, H, W); None where torchvision's pixels might not be Pillow's."""
+    with Image.open(io.BytesIO(data)) as header:  # refuses sizes that would fill the memory
+        if header.mode not in JPEG_MODES[in_chans]:
+            return None
+    return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), READ_MODES[in_chans])
 
 
 @contextlib.contextmanager

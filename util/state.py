@@ -180,8 +180,6 @@ class RunState:
         Raises:
             OSError: on every rank, if rank 0 could not write.
         """
-        if self.writer is not None:
-            self.writer.flush()  # the curve must not have a gap where a killed run went on
         own = get_random_state(self.args.device)
         states = [own]
         if get_world_size() > 1:
@@ -197,6 +195,8 @@ class RunState:
                 "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
             }
             try:
+                if self.writer is not None:
+                    flush(self.writer)
                 save_model(
                     self.args,
                     self.epoch - 1,
@@ -213,6 +213,21 @@ class RunState:
             raise problem or OSError("Rank 0 could not write the checkpoint; see its message.")
         self.last_save = time.monotonic()
         self.last_saved = self.describe(Path(self.args.output_dir, "checkpoint.pth"))
+
+
+def flush(writer) -> None:
+    """Bring TensorBoard's file to the disk: no gap in the curve where a killed run went on.
+
+    Raises:
+        OSError: it cannot be written; says where.
+    """
+    try:
+        writer.flush()
+    except OSError as error:
+        raise OSError(
+            f"Cannot write TensorBoard's file in {writer.log_dir} ({error.strerror}); the "
+            "checkpoint is as it was."
+        ) from error
 
 
 def find_newest(folder: Path) -> str:
