@@ -78,7 +78,7 @@ evaluate "$OUT/finetune"
 evaluate "$OUT/scratch"
 
 next_step "Drawing reconstructions"
-python -m util.visualize --checkpoint "$OUT/pretrain/checkpoint.pth" \
+python -m util.visualize --checkpoint "${OUT#"$ROOT"/}/pretrain/checkpoint.pth" \
     --images "$OUT/data/val" --num_images 4 --out "$OUT/reconstructions.png"
 
 next_step "Done"

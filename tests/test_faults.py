@@ -160,14 +160,14 @@ def test_skipped_steps(tmp_path):
     assert [run.wait() for run in runs] == [0, 0], runs[0].text()
     text = runs[0].text()
     assert "iteration 2: step skipped (2 of at most 2 in this epoch)" in text
-    assert "step skipped (1 of at most 2" in text.split("Epoch: [1]")[1]
+    assert "epoch 1, iteration 0: step skipped (1 of at most 2" in text
     model = read_checkpoint(tmp_path / "checkpoint.pth")["model"]
     assert all(value.isfinite().all() for value in model.values())
     other = tmp_path / "other"
     other.mkdir()
     runs = case.start(other, "--skip_nonfinite", 2, faults={0: {"nan_at": [0, 1, 3]}})
     assert [run.wait() for run in runs] == [1, 1]
-    assert "epoch 0, iteration 3; nothing was saved before." in sentence_of(runs[1])
+    assert "epoch 0, iteration 3; nothing was saved yet." in sentence_of(runs[1])
 
 
 def test_skips_are_counted_over_a_resume(tmp_path):

@@ -285,21 +285,22 @@ def find_pictures(data_path: str):
         FileNotFoundError: there is no such place, or no picture in it.
         ValueError: the list or the shards cannot be used.
     """
+    has_train = Path(data_path, "train").is_dir()
+    if has_train:
+        data_path = str(Path(data_path, "train"))
+    if is_shards(data_path):
+        samples = read_shards(data_path)
+        return [], samples, f"in {len(samples.paths)} shards of {data_path}"
     folder = Path(data_path)
-    if (folder / "train").is_dir():
-        folder = folder / "train"
-    if is_shards(str(folder)):
-        samples = read_shards(str(folder))
-        return [], samples, f"in {len(samples.paths)} shards of {folder}"
     if folder.is_file():
         return [], read_list(folder), f"of the list {folder}"
     names = {entry.name for entry in list_folder(folder)}
-    if folder == Path(data_path) and "val" in names:
+    if not has_train and "val" in names:
         raise FileNotFoundError(
             f"There is val/ but no train/ in {folder}; --data_path must name the folder that holds "
             "train/, or one with nothing but training pictures."
         )
-    if folder != Path(data_path) and not any(is_image_name(name) for name in names):
+    if has_train and not any(is_image_name(name) for name in names):
         classes, samples = list_classes(folder)
         return classes, samples, f"in {len(classes)} class folders of {folder}"
     return find_own_pictures(folder)

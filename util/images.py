@@ -193,13 +193,13 @@ def find_classes(folder: str | Path) -> list[str]:
 def find_images(folder: str | Path) -> Iterator[str]:
     """Paths of the pictures below a folder, in a fixed order.
 
-    Hidden entries are left out, and folders that links lead to a second time. Links that lead
-    nowhere are not: they are pictures that cannot be read.
+    Hidden entries are left out, and what links lead to a second time or from above. Links that
+    lead nowhere are not: they are pictures that cannot be read.
 
     Raises:
         FileNotFoundError: a folder cannot be read; the message names it.
     """
-    seen = set()
+    seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
     waiting = [str(folder)]
     while waiting:
         here = waiting.pop()

@@ -1,0 +1,152 @@
+"""Several processes: who is who, and that two of them compute what one does."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from processes import LAUNCHER_NAMES, ROOT, free_port, scratch, undisturbed, warm
+
+from util.distributed import choose_device, explain_lost_peer, read_launcher
+
+SLURM = {"SLURM_PROCID": "13", "SLURM_NTASKS": "16", "SLURM_LOCALID": "5", "SLURM_JOB_ID": "1"}
+WHERE = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+LAUNCHERS = {  # environment, --dist_on_itp, (rank, processes, local rank)
+    "alone": ({}, False, (0, 1, 0)),
+    "torchrun": ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, False, (3, 4, 1)),
+    "srun": (SLURM | WHERE, False, (13, 16, 5)),
+    "torchrun inside srun": (
+        SLURM | WHERE | {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"},
+        False,
+        (2, 4, 2),
+    ),
+    "salloc, one task": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False, (0, 1, 0)),
+    "in a batch script, without srun": ({"SLURM_JOB_ID": "1"}, False, (0, 1, 0)),
+    "Open MPI": (
+        {f"OMPI_COMM_WORLD_{n}": v for n, v in (("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "0"))},
+        True,
+        (1, 2, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers(name):
+    env, dist_on_itp, expected = LAUNCHERS[name]
+    assert read_launcher(dict(env), dist_on_itp) == expected
+
+
+def test_slurm_without_address():
+    with pytest.raises(ValueError, match="16 tasks but MASTER_ADDR and MASTER_PORT are not set"):
+        read_launcher(dict(SLURM), False)
+
+
+def test_devices():
+    assert choose_device("cpu", 3) == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device gpu is not a device"):
+        choose_device("gpu", 0)
+
+
+def test_lost_peer_is_told_from_a_bug():
+    assert explain_lost_peer(RuntimeError("Connection closed by peer [127.0.0.1]:1")) is None
+
+
+def test_srun_environment_for_real(tmp_path):
+    """Two processes that only have SLURM's variables find each other."""
+    case = undisturbed("main_pretrain", 2)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_NTASKS": "2"}
+    runs = []
+    for rank in ("0", "1"):
+        env = where | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        out, steps = tmp_path / f"out.{rank}", tmp_path / f"steps.{rank}"
+        runs.append(warm.start(case.command(tmp_path), out, env, steps))
+    assert [run.wait(120) for run in runs] == [0, 0], runs[0].text()
+    case.check(tmp_path)
+
+
+def test_evaluation_does_not_depend_on_the_processes():
+    """12 pictures on one process, and 6 each on two: the same accuracy and loss."""
+    case = undisturbed("main_finetune")
+    seen = set()
+    for size, batch in ((1, 8), (1, 5), (2, 4), (2, 8)):
+        flags = ["--eval", "--resume", case.folder / "checkpoint.pth", "--dist_eval"]
+        folder = scratch()
+        line = case.command(folder, *flags, "--batch_size", batch)
+        runs = warm.start_group(size, line, folder)
+        assert [run.wait() for run in runs] == [0] * size, runs[0].text()
+        seen.add(re.search(r"\* Acc@1 .*", runs[0].text())[0])
+    assert len(seen) == 1
+
+
+# SGD: AdamW makes whole steps of the rounding noise in gradients that are zero by the formula, such
+# as those of the keys' bias.
+STEP = """
+import argparse, os, sys
+import torch
+from models_cross import mae_vit_mini_patch4
+from util import distributed
+from util.optim import NativeScalerWithGradNormCount
+
+args = argparse.Namespace(device="cpu", dist_on_itp=False, dist_url="env://", dist_timeout=60)
+distributed.init_distributed_mode(args)
+torch.manual_seed(0)
+options = dict(img_size=32, patch_size=8, decoder_depth=1, weight_fm=True, use_input=True)
+model = mae_vit_mini_patch4(**options)
+imgs, noise = torch.randn(3, 8, 3, 32, 32), torch.rand(3, 8, 16)  # 3 steps, 8 pictures
+own = slice(args.rank, None, args.world_size)
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+scaler = NativeScalerWithGradNormCount(None, "cpu")
+wrapped = distributed.wrap_ddp(model, args.device, False)
+for step in range(3):
+    loss = wrapped(imgs[step, own], noise=noise[step, own])
+    norm = scaler(loss, optimizer)
+    optimizer.zero_grad()
+    mean = distributed.all_reduce_sum(loss.detach().clone()) / args.world_size
+    if args.rank == 0:
+        print(mean.item(), norm.item())
+if args.rank == 0:
+    torch.save({k: v for k, v in model.state_dict().items()}, sys.argv[1])
+distributed.close()
+"""
+
+
+def test_two_processes_equal_twice_the_batch(tmp_path):
+    """Given the pictures and the masks: losses, gradient norms and weights after three updates."""
+    results = {}
+    for size in (1, 2):
+        env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES}
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if size == 2:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        path = tmp_path / f"{size}.pth"
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", STEP, path],
+                env=env | ({"RANK": str(rank)} if size == 2 else {}),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+        text = ranks[0].communicate(timeout=120)[0]
+        assert [rank.wait(60) for rank in ranks] == [0] * size
+        numbers = torch.tensor([list(map(float, line.split())) for line in text.splitlines()])
+        results[size] = numbers, torch.load(path, weights_only=True)
+    assert results[1][0].shape == (3, 2)
+    torch.testing.assert_close(results[2][0], results[1][0], rtol=2e-5, atol=0)
+    for name, value in results[1][1].items():
+        torch.testing.assert_close(results[2][1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_arguments_of_the_group():
+    """Only what init_distributed_mode reads: a run of one process needs no address."""
+    from util.distributed import init_distributed_mode
+
+    args = argparse.Namespace(device="cpu", dist_on_itp=False, dist_url="env://", dist_timeout=5)
+    init_distributed_mode(args)
+    assert (args.distributed, args.rank, args.world_size) == (False, 0, 1)

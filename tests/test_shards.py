@@ -1,0 +1,195 @@
+"""Pictures in tar files: the same training as from a folder of the same pictures."""
+
+import io
+import logging
+import tarfile
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import PRETRAIN, read_log, warm
+
+from util.datasets import build_pretrain_dataset, find_pictures
+from util.images import BadImage, open_image
+from util.loaders import build_train_loader
+from util.shards import expand, read_shards
+
+COUNT = 22  # pictures
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes, kind=tarfile.REGTYPE) -> None:
+    """A member as webdataset's writer makes it: a time with fractions needs a header of its own."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mtime, member.type = len(data), 1700000000.25, kind
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(folder of pictures, folder of three shards that hold the same, in the same order)."""
+    root = tmp_path_factory.mktemp("shards")
+    plain, shards = root / "plain", root / "shards"
+    plain.mkdir()
+    shards.mkdir()
+    random = np.random.RandomState(0)
+    files = []
+    for number in range(COUNT):
+        pixels = random.randint(0, 256, (32, 40, 3), dtype=np.uint8)
+        path = plain / f"{number:06d}.{'jpg' if number % 2 else 'png'}"
+        Image.fromarray(pixels).save(path)
+        files.append(path)
+    for shard, part in enumerate((files[:3], files[3:15], files[15:])):
+        with tarfile.open(shards / f"set-{shard:04d}.tar", "w") as tar:
+            add(tar, "deep", b"", tarfile.DIRTYPE)
+            for path in part:
+                long_name = f"deep/{'x' * 120}/" if path.stem == "000004" else ""
+                add(tar, f"{long_name}{path.name}", path.read_bytes())
+                add(tar, f"{path.stem}.cls", b"7")
+                add(tar, f"._{path.name}", b"hidden, of another system")
+    (shards / "README.txt").write_text("no shard")
+    return plain, shards
+
+
+def settings(path, **changes) -> Namespace:
+    pictures = dict(input_size=32, in_chans=3, mean=[0.5] * 3, std=[0.5] * 3, loader="fast", seed=0)
+    loading = dict(batch_size=4, num_workers=0, prefetch=2, pin_mem=False, accum_iter=1)
+    more = dict(device=torch.device("cpu"), data_path=str(path), skip_bad_images=False)
+    return Namespace(**(pictures | loading | more | changes))
+
+
+def test_every_picture_is_found(folders):
+    """The bytes of each member are those of its file; hidden and other members do not count."""
+    plain, shards = folders
+    classes, samples, origin = find_pictures(str(shards))
+    assert classes == [] and origin == f"in 3 shards of {shards}"
+    files = sorted(plain.iterdir())
+    assert len(samples) == COUNT
+    for file, (member, label) in zip(files, samples, strict=True):
+        assert member.open().read() == file.read_bytes() and label == 0
+        assert str(member).endswith(file.name) and ".tar:" in str(member)
+
+
+def test_patterns_and_folders_mean_the_same(folders, tmp_path):
+    _, shards = folders
+    whole = read_shards(str(shards))
+    (tmp_path / "train").symlink_to(shards)
+    _, below_train, _ = find_pictures(str(tmp_path))
+    for other in (read_shards(f"{shards}/set-{{0000..0002}}.tar"), below_train):
+        assert np.array_equal(other.index, whole.index)
+    assert len(read_shards(f"{shards}/set-0001.tar")) == 12
+    assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_equal_those_of_a_folder(folders, num_workers):
+    """In every epoch, and with more loader processes than the pictures' shards would feed."""
+    loaders = []
+    for path, workers in zip(folders, (0, num_workers), strict=True):
+        args = settings(path, num_workers=workers)
+        loaders.append(build_train_loader(build_pretrain_dataset(args), args))
+    for epoch in (0, 1):
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        batches = list(zip(*loaders, strict=True))
+        assert len(batches) == COUNT // 4
+        assert all(a.equal(b) for (a, _), (b, _) in batches)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_runs_equal_those_on_a_folder(folders, size, tmp_path):
+    """Real runs of 1 and 2 processes: the losses are the same to the last bit."""
+    logs = []
+    for path in folders:
+        out = tmp_path / path.name
+        out.mkdir()
+        flags = ["--data_path", path, "--batch_size", "4", "--output_dir", out]
+        flags += ["--epochs", "1", "--warmup_epochs", "0", "--log_dir", ""]
+        runs = warm.start_group(size, [*PRETRAIN, *flags], out)
+        assert [run.wait(120) for run in runs] == [0] * size, runs[0].text()
+        logs.append(read_log(out))
+        where = f"in 3 shards of {path}" if path.name == "shards" else f"flat folder {path}"
+        batches = f"{COUNT // size // 4} batches per epoch"
+        assert f"{COUNT} images" in runs[0].text() and where in runs[0].text()
+        assert batches in runs[0].text()
+    assert logs[0] == logs[1] and len(logs[0]) == 1
+
+
+def test_arrays_in_shards(tmp_path):
+    """.npy members, as 13 channels."""
+    values = np.random.RandomState(0).rand(9, 11, 13).astype(np.float32)
+    file = io.BytesIO()
+    np.save(file, values)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "scene.npy", file.getvalue())
+    args = settings(tmp_path / "a.tar", in_chans=13, mean=[0.0] * 13, std=[1.0] * 13)
+    dataset = build_pretrain_dataset(args)
+    assert dataset[0, 0][0].shape == (13, 32, 32)
+    assert open_image(dataset.samples[0][0], 13).equal(torch.from_numpy(values).permute(2, 0, 1))
+
+
+def test_a_bad_member_is_named(folders, tmp_path, caplog):
+    """Shard and name; --skip_bad_images passes it over."""
+    plain, _ = folders
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for path in sorted(plain.iterdir()):
+            data = path.read_bytes()
+            add(tar, path.name, data[:200] if path.stem == "000009" else data)
+    args = settings(shard)
+    with pytest.raises(BadImage, match=f"{shard}:000009.jpg .Truncated"):
+        build_pretrain_dataset(args)[0, 9]
+    caplog.set_level(logging.WARNING)
+    args = settings(shard, skip_bad_images=True, batch_size=COUNT)
+    list(build_train_loader(build_pretrain_dataset(args), args))
+    assert f"replaced 1 unreadable images by others: {shard}:000009.jpg" in caplog.text
+
+
+def cut(path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def spoil_header(path) -> None:
+    """A header in the middle, which tarfile takes for the end of the archive."""
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[4].offset
+    data[start : start + 100] = bytes(range(100, 200))
+    path.write_bytes(data)
+
+
+def say_html(path) -> None:
+    path.write_bytes(b"<html>" * 500)
+
+
+@pytest.mark.parametrize("damage", [cut, spoil_header, say_html])
+def test_a_damaged_shard_is_named(damage, folders, tmp_path):
+    """And never taken for a shorter one."""
+    path = tmp_path / "set-0000.tar"
+    path.write_bytes((folders[1] / "set-0001.tar").read_bytes())
+    damage(path)
+    with pytest.raises(ValueError, match=rf"^Cannot read the shard {path} \(.+\); fetch it again"):
+        read_shards(str(path))
+
+
+@pytest.mark.parametrize(
+    "pattern, sentence",
+    [
+        ("https://host/set-{0000..0003}.tar", "is not on a disk; copy the shards, or mount"),
+        ("pipe:cat set-0000.tar", "is not on a disk"),
+        ("s3://bucket/set-0000.tar", "is not on a disk"),
+        ("{tmp}/set-0000.tar.gz", "is packed.*unpack it"),
+        ("{tmp}/set-{{0000..0002}}.tar", r"no file .*set-0001.tar \(2 of 3 shards are missing\)"),
+        ("{tmp}", "several kinds .set, validation.; name those to train on"),
+        ("{tmp}/validation-0.tar", "no picture in the 1 shards"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(pattern, sentence, tmp_path):
+    for name in ("set-0000.tar", "validation-0.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            add(tar, "notes.txt", b"no picture")
+    path = pattern if "://" in pattern or "pipe" in pattern else pattern.format(tmp=tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        find_pictures(path)
