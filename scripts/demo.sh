@@ -87,5 +87,5 @@ loss        $(loss_of "$OUT/pretrain") (pre-training)
 accuracy    $(accuracy_of "$OUT/finetune") % with pre-training, $(accuracy_of "$OUT/scratch") % without it (10 labels per class, 500 other pictures)
 checkpoint  $OUT/finetune/checkpoint.pth
 to look at  TensorBoard folder $OUT/pretrain, picture $OUT/reconstructions.png
-to go on    cd $(printf %q "$ROOT") && .venv/bin/python main_finetune.py ${classifier[*]} --batch_size 64 --epochs 10 --blr 4e-3 --finetune $(printf '%q --data_path %q --output_dir %q' "$OUT/pretrain/checkpoint.pth" "$OUT/data" "$OUT/finetune-all")
+to go on    cd $(printf %q "$ROOT") && .venv/bin/python main_finetune.py ${classifier[*]} --batch_size 32 --epochs 10 --warmup_epochs 1 --lr 1e-3 --aa '' --reprob 0 --finetune $(printf '%q --data_path %q --output_dir %q' "$OUT/pretrain/checkpoint.pth" "$OUT/data" "$OUT/finetune-all")
 END

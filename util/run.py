@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from importlib.metadata import version
@@ -162,6 +163,7 @@ def make_writer(args, step: int) -> SummaryWriter | None:
     """
     if args.rank or not args.log_dir:
         return None
+    threading.excepthook = report_thread
     writer = SummaryWriter(args.log_dir, purge_step=step or None)
     if not step:
         flags = {
@@ -172,11 +174,23 @@ def make_writer(args, step: int) -> SummaryWriter | None:
     return writer
 
 
+def report_thread(failure) -> None:
+    """Leave a full disk to the next write, where TensorBoard's thread hands its error on."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
 def log_epoch(args, stats: dict) -> None:
     """Append one JSON line to log.txt, on rank 0."""
     if args.rank == 0 and args.output_dir:
-        with open(Path(args.output_dir, "log.txt"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(stats) + "\n")
+        path = Path(args.output_dir, "log.txt")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(stats) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"Cannot write {path} ({error.strerror}); the checkpoint before is as it was."
+            ) from error
 
 
 @contextlib.contextmanager
@@ -193,7 +207,8 @@ def recording(args, state, num_iterations: int):
         yield writer
     finally:
         if writer is not None:
-            writer.close()
+            with contextlib.suppress(OSError):  # a full disk was reported where it began to matter
+                writer.close()
     logger.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
 
 
@@ -211,6 +226,12 @@ def run(main, args) -> None:
             raise
         # The error of a loader process brings its traceback along; the sentence is the last line.
         sentence = str(error).strip().splitlines()[-1].split(f"{type(error).__qualname__}: ")[-1]
+        logger.error("Error: %s", sentence)
+        sys.exit(1)
+    except RuntimeError as error:
+        sentence = distributed.explain_lost_peer(error)
+        if os.environ.get("CROSSMAE_TRACEBACK") or sentence is None:
+            raise
         logger.error("Error: %s", sentence)
         sys.exit(1)
     finally:

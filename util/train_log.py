@@ -102,7 +102,11 @@ class TrainLog:
         self.skipped += 1
         where = f"epoch {self.epoch}, iteration {iteration}"
         if self.skipped > self.max_skipped:
-            raise NonFiniteLoss(f"{what} is {value}, stopping training: {where}")
+            saved = getattr(self.state, "last_saved", "")
+            raise NonFiniteLoss(
+                f"{what} is {value}, stopping training: {where}; "
+                + (f"the last good checkpoint is {saved}." if saved else "nothing was saved yet.")
+            )
         logger.warning(
             "%s is %s at %s: step skipped (%d of at most %d in this epoch)",
             *(what, value, where, self.skipped, self.max_skipped),
@@ -112,8 +116,14 @@ class TrainLog:
         """Scalars of one iteration; the axis is epoch x 1000, whatever the batch size."""
         if self.writer is not None:
             x = int((iteration / len(self.data_loader) + self.epoch) * 1000)
-            for tag, value in scalars.items():
-                self.writer.add_scalar(tag, value, x)
+            try:
+                for tag, value in scalars.items():
+                    self.writer.add_scalar(tag, value, x)
+            except OSError as error:  # its thread's, handed on
+                raise OSError(
+                    f"Cannot write TensorBoard's file in {self.writer.log_dir} "
+                    f"({error.strerror}); the checkpoint before is as it was."
+                ) from error
 
     def finish(self) -> dict[str, float]:
         """Read the rest, print the epoch's lines, return the mean of every meter."""
