@@ -129,7 +129,7 @@ class MetricLogger:
                     f"img/s: {rate:.1f}",
                     f"wait: {100 * data_time.avg / step_time.avg:.0f}%",
                 ]
-                if "lr" in self.meters:
+                if "lr" in self.meters and self.meters["lr"].recent:  # not all were skipped
                     parts.append(f"rate: {self.meters['lr'].value:.3e}")
                 parts += [self.join([n]) for n in LATE_METERS if n in self.meters]
                 logger.info(self.delimiter.join(parts))
