@@ -21,7 +21,7 @@ def test_peak_rate(case, tiny_cross, caplog):
     caplog.set_level(logging.INFO)
     switches = dict(inverse_lr=False, no_lr_scale=False, lr_flag=None, epochs=800, warmup_epochs=40)
     model = dict(model="tiny", input_size=32, in_chans=3, amp="off", device=torch.device("cpu"))
-    args = Namespace(**(switches | model | dict(output_dir="", dist_backend=None) | case))
+    args = Namespace(**(switches | model | dict(output_dir="", dist_backend=None, rank=0) | case))
     args.lr = args.lr_flag
     text = set_lr(args, *(lr_scale(args) if args.mask_ratio else ()))
     assert args.lr == pytest.approx(case["lr"], rel=1e-12)
