@@ -14,12 +14,12 @@ MARK="$OUT/.crossmae-demo" # says that the folder is this script's own
 # The settings. What pre-training is worth shows where labels are few: 10 per class here.
 pretrain=(
     --model mae_vit_mini_patch4 --input_size 32 --cross_mae --weight_fm --use_input
-    --decoder_depth 4 --mask_ratio 0.75 --kept_mask_ratio 0.75 --norm_pix_loss
-    --batch_size 32 --epochs 50 --warmup_epochs 5 --lr 2e-3 --num_workers 1
+    --decoder_depth 4 --mask_ratio 0.75 --kept_mask_ratio 0.25 --norm_pix_loss
+    --batch_size 32 --epochs 40 --warmup_epochs 4 --lr 2e-3 --num_workers 1
 )
 classifier=(--model vit_mini_patch4 --input_size 32 --num_workers 1)
 finetune=(
-    --batch_size 10 --epochs 25 --warmup_epochs 3 --lr 2e-3 --layer_decay 0.65
+    --batch_size 10 --epochs 20 --warmup_epochs 2 --lr 2e-3 --layer_decay 0.65
     --drop_path 0 --aa "" --reprob 0
 )
 
