@@ -79,7 +79,7 @@ evaluate "$OUT/scratch"
 
 next_step "Drawing reconstructions"
 python -m util.visualize --checkpoint "${OUT#"$ROOT"/}/pretrain/checkpoint.pth" \
-    --images "$OUT/data/val" --num_images 4 --out "$OUT/reconstructions.png"
+    --images "$OUT/data/val" --num_images 4 --kept_mask_ratio 0.75 --out "$OUT/reconstructions.png"
 
 next_step "Done"
 cat <<END
