@@ -1,0 +1,132 @@
+"""What the experiments share: running the project's own commands, results that can be continued.
+
+Every script here takes --out (where runs are written) and --jobs (commands at a time, each with one
+thread), and keeps its results in docs/results/NAME.json: a row per measurement. A row that is there
+is not measured again, so an interrupted experiment goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The encoder of every experiment, and how long the runs are: see docs/experiments.md.
+PRETRAIN = (
+    "--model mae_vit_mini_patch4 --input_size 32 --norm_pix_loss --mask_ratio 0.75 "
+    "--batch_size 32 --warmup_epochs 2 --lr 2e-3 --num_workers 0"
+)
+CROSS = "--cross_mae --weight_fm --use_input"
+FINETUNE = (
+    "--model vit_mini_patch4 --input_size 32 --batch_size 10 --warmup_epochs 1 --lr 2e-3 "
+    "--drop_path 0 --aa '' --reprob 0 --num_workers 0"
+)
+
+
+def get_args_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "output/experiments", help="for the runs"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="commands at a time (default: 2)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
+    return parser
+
+
+class Results:
+    """Rows of docs/results/NAME.json, each found by its `key` columns; safe between threads."""
+
+    def __init__(self, name: str, key: tuple[str, ...]):
+        self.path, self.key = ROOT / f"docs/results/{name}.json", key
+        self.lock = threading.Lock()
+        self.rows = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+
+    def find(self, **key) -> dict | None:
+        """The row with these key columns, if it was measured."""
+        return next((row for row in self.rows if all(row[k] == key[k] for k in self.key)), None)
+
+    def add(self, **row) -> None:
+        with self.lock:
+            self.rows.append(row)
+            self.rows.sort(key=lambda row: [str(row[k]) for k in self.key])
+            lines = ",\n".join("  " + json.dumps(row) for row in self.rows)
+            machine = json.dumps(describe_machine())
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_text(f'{{"machine": {machine}, "rows": [\n{lines}\n]}}\n')
+            print(json.dumps(row), flush=True)
+
+
+def describe_machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.machine()}, {cores} cores, {device}, torch {torch.__version__}"
+
+
+def call(command: str, log: Path) -> tuple[str, float]:
+    """Run `python COMMAND` in the repository with one thread; (what it printed, seconds).
+
+    Raises:
+        RuntimeError: it failed; its output is in `log`.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log.write_text(f"python {command}\n{done.stdout}")
+    if done.returncode != 0:
+        raise RuntimeError(f"`python {command}` failed, its output is in {log}.")
+    return done.stdout, time.perf_counter() - start
+
+
+def run_all(jobs: int, function: Callable, items: Iterable) -> list:
+    """function(*item) for all items, `jobs` at a time; the first error ends the script."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(function, *item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def read_log(folder: Path) -> list[dict]:
+    """log.txt of a run, a dictionary per epoch."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def pretrain(flags: str, data: Path, folder: Path) -> tuple[list[float], float]:
+    """Pre-train, unless the folder has it; (loss of every epoch, seconds)."""
+    time_file = folder / "seconds.txt"
+    if not time_file.exists():
+        _, seconds = call(
+            f"main_pretrain.py {PRETRAIN} {flags} --data_path {data} --output_dir {folder}",
+            folder / "output.txt",
+        )
+        time_file.write_text(f"{seconds:.1f}\n")
+    return [row["train_loss"] for row in read_log(folder)], float(time_file.read_text())
+
+
+def knn(checkpoint: Path, data: Path, k: int = 10) -> float:
+    """kNN accuracy in percent of the mean patch feature."""
+    command = (
+        f"-m util.knn --checkpoint {checkpoint} --data_path {data} --which mean --k {k} --json"
+    )
+    printed, _ = call(command, checkpoint.parent / "knn.txt")
+    return json.loads(printed.splitlines()[-1])["knn"][0]["acc1"]
