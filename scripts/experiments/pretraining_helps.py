@@ -6,6 +6,7 @@ The seed decides the pre-training, which pictures keep their labels, and the fin
 the same seed have the same labels, so their difference is a paired one.
 """
 
+import math
 import random
 from pathlib import Path
 
@@ -17,21 +18,21 @@ ARMS = {
     "crossmae 0.25": f"{common.CROSS} --kept_mask_ratio 0.25 --decoder_depth 4",
     "mae": "--decoder_depth 4",
 }
-UPDATES = 30  # of fine-tuning per epoch, by showing few pictures several times in an epoch
+UPDATES = 50  # of fine-tuning per epoch, or a few more: few pictures are shown several times in it
 # (epochs, layer decay); the long one gets what pre-training and fine-tuning take together.
-SCHEDULE = {"pre-trained": (4, 0.65), "scratch": (4, 1.0), "scratch, long": (20, 1.0)}
+SCHEDULE = {"pre-trained": (4, 0.65), "scratch": (4, 1.0), "scratch, long": (16, 1.0)}
 
 
 def label(data: Path, labels: str, seed: int, folder: Path) -> Path:
     """Class folders in which only `labels` pictures of each class are left for training.
 
-    Few pictures are there several times, as links, so that an epoch has UPDATES batches of ten.
+    Few pictures are there several times, as links, so that an epoch has at least UPDATES batches of ten.
     """
     if labels == "all":
         return data
     if not folder.exists():
         classes = sorted(path for path in (data / "train").iterdir())
-        copies = max(1, UPDATES * 10 // (int(labels) * len(classes)))
+        copies = math.ceil(UPDATES * 10 / (int(labels) * len(classes)))
         draw = random.Random(seed)
         for path in classes:
             (folder / "train" / path.name).mkdir(parents=True)
