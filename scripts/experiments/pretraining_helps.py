@@ -26,7 +26,7 @@ SCHEDULE = {"pre-trained": (4, 0.65), "scratch": (4, 1.0), "scratch, long": (16,
 def label(data: Path, labels: str, seed: int, folder: Path) -> Path:
     """Class folders in which only `labels` pictures of each class are left for training.
 
-    Few pictures are there several times, as links, so that an epoch has at least UPDATES batches of ten.
+    Few pictures are there several times, as links: an epoch has UPDATES batches of ten or more.
     """
     if labels == "all":
         return data
