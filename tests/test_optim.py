@@ -75,10 +75,11 @@ def test_lars_step_by_hand():
     lars = build_lars(model.parameters(), lr=0.3, weight_decay=0.0)
     model(x).square().mean().backward()
     weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
-    trust = 0.001 * weight.norm() / model.weight.grad.norm()
-    lars.step()
-    torch.testing.assert_close(model.weight, weight - 0.3 * trust * model.weight.grad)
-    torch.testing.assert_close(model.bias, bias - 0.3 * model.bias.grad)
+    weight_grad, bias_grad = model.weight.grad.clone(), model.bias.grad.clone()
+    trust = 0.001 * weight.norm() / weight_grad.norm()
+    lars.step()  # some versions of timm change the gradients
+    torch.testing.assert_close(model.weight, weight - 0.3 * trust * weight_grad)
+    torch.testing.assert_close(model.bias, bias - 0.3 * bias_grad)
 
 
 def test_precision_follows_the_device():
