@@ -3,6 +3,7 @@
 Every layout and kind of picture really pre-trains a step.
 """
 
+import json
 import logging
 import os
 import re
@@ -322,15 +323,18 @@ def test_a_bad_picture_in_the_real_script(num_workers, tmp_path):
         save(data / f"{number}.jpg", seed=number)
     bad = data / "5.jpg"
     bad.write_bytes(bad.read_bytes()[:-300])
-    flags = [*PRETRAIN, "--data_path", data, "--num_workers", num_workers, "--output_dir", ""]
-    stopped = warm.start(["main_pretrain", *flags], tmp_path / "stopped")
-    skipped = warm.start(["main_pretrain", *flags, "--skip_bad_images"], tmp_path / "skipped")
+    flags = ["main_pretrain", *PRETRAIN, "--data_path", data, "--num_workers", num_workers]
+    output = ["--output_dir", tmp_path / "output", "--skip_bad_images"]
+    stopped = warm.start([*flags, "--output_dir", ""], tmp_path / "stopped")
+    skipped = warm.start([*flags, *output], tmp_path / "skipped")
     assert stopped.wait(60) == 1
     (error,) = [line for line in stopped.text().splitlines() if "Error:" in line]
     assert f"Cannot read the image {bad} (image file is truncated" in error
     assert "Traceback" not in stopped.text()
     assert skipped.wait(60) == 0
     assert f"Epoch: [0] replaced 1 unreadable images by others: {bad}" in skipped.text()
+    epochs = (tmp_path / "output/log.txt").read_text().splitlines()
+    assert [json.loads(line)["train_replaced"] for line in epochs] == [1] * len(epochs)
 
 
 def test_bad_pictures_are_never_passed_over_in_evaluation():

@@ -17,6 +17,7 @@ CASES = {  # script, processes, loader processes of the run that is killed
     "finetune": ("main_finetune", 1, 0),  # with mixup, cutmix, random erasing, drop path
     "finetune, 2 workers": ("main_finetune", 1, 2),
     "finetune, 2 processes": ("main_finetune", 2, 0),
+    "finetune, 2 processes, 2 workers": ("main_finetune", 2, 2),
 }
 
 
@@ -93,6 +94,15 @@ def test_resume_with_another_layout(name, tmp_path):
     assert ("world_size 1 -> 2" in told[0]) == (what == "size")
     steps_after = read_steps(tmp_path / "steps.0")[steps:]
     assert steps_after[0][:2] == (first, 0)
+
+
+def test_kept_checkpoints(tmp_path):
+    """--keep_every 1 gives each of the three epochs a file; --keep_last 2 leaves the newest two."""
+    case = undisturbed("main_pretrain")
+    (run,) = case.start(tmp_path, "--keep_every", 1, "--keep_last", 2)
+    assert run.wait() == 0, run.text()
+    kept = {path.name: read_checkpoint(path)["epoch"] for path in tmp_path.glob("*.pth")}
+    assert kept == {"checkpoint-1.pth": 1, "checkpoint-2.pth": 2, "checkpoint.pth": 2}
 
 
 def test_first_start_says_so(tmp_path):

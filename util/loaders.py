@@ -98,8 +98,10 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         replaced = []
+        self.num_replaced = 0  # unreadable pictures of this epoch so far
         for imgs, labels, *more in self.loader:
             replaced += [number for numbers in more for number in numbers.tolist() if number >= 0]
+            self.num_replaced = len(replaced)
             yield self.prepare(imgs), labels.to(self.device, non_blocking=True)
         if replaced:
             self.report_replaced(replaced)

@@ -45,6 +45,7 @@ class RunState:
         self.class_names: list[str] = []
         self.epoch = args.start_epoch
         self.iteration = 0  # next one inside the epoch
+        self.is_first = True  # no epoch was finished by this process
         self.meters: dict[str, list[float]] = {}  # of the epoch so far: [total, count]
         self.best: float | None = None  # best acc1 so far
         self.last_save = time.monotonic()
@@ -156,6 +157,7 @@ class RunState:
         """
         args, epoch = self.args, self.epoch
         self.epoch, self.iteration, self.meters = epoch + 1, 0, {}
+        self.is_first = False
         is_best = acc1 is not None and (self.best is None or acc1 >= self.best)
         if is_best:
             self.best = acc1

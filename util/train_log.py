@@ -5,6 +5,7 @@ every few iterations. All processes fetch at the same iterations, so they also s
 """
 
 import logging
+import time
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class TrainLog:
         Args:
             loss_tag: name of the loss in TensorBoard.
             writer: TensorBoard writer, or None.
-            args: accum_iter; optional skip_nonfinite, num_workers.
+            args: accum_iter; optional skip_nonfinite, skip_bad_images, num_workers, compile.
             state: a util.state.RunState, or None: start at the beginning, save nothing on the way.
         """
         self.epoch = epoch
@@ -42,6 +43,8 @@ class TrainLog:
         self.loss_scaler = loss_scaler
         self.max_skipped = getattr(args, "skip_nonfinite", 0)
         self.num_workers = getattr(args, "num_workers", None)
+        self.skips_bad_images = getattr(args, "skip_bad_images", False)
+        self.compiles = getattr(args, "compile", False) and state is not None and state.is_first
         self.state = state
         self.skipped = 0
         self.waiting: list[tuple[int, float, Tensor, Tensor | None]] = []
@@ -55,7 +58,13 @@ class TrainLog:
         """Yield (iteration, batch) for what is left of the epoch, printing on the way."""
         first = self.state.iteration if self.state is not None else 0
         header = f"Epoch: [{self.epoch}]"
-        yield from self.metrics.log_every(self.data_loader, PRINT_FREQ, header, first, self.read)
+        batches = self.metrics.log_every(self.data_loader, PRINT_FREQ, header, first, self.read)
+        for iteration, batch in batches:
+            start = time.perf_counter()
+            yield iteration, batch
+            if self.compiles and iteration == first:
+                seconds = time.perf_counter() - start
+                logger.info("First step: %.1f s, most of it for --compile", seconds)
 
     def add(self, iteration: int, optimizer, loss: Tensor, grad_norm: Tensor | None) -> None:
         """Note one iteration; grad_norm is given where the weights were updated."""
@@ -145,7 +154,14 @@ class TrainLog:
             "loss_scale": self.loss_scaler.loss_scale,
         }
         self.write(len(self.data_loader), scalars)
-        return metrics.averages()
+        return metrics.averages() | self.count_replaced()
+
+    def count_replaced(self) -> dict[str, int]:
+        """Pictures that --skip_bad_images replaced in this epoch, on all processes together."""
+        if not self.skips_bad_images:
+            return {}
+        count = torch.tensor(float(self.data_loader.num_replaced), device=self.data_loader.device)
+        return {"replaced": int(all_reduce_sum(count))}
 
 
 def fetch(values: list[Tensor | None]) -> list[float | None]:
