@@ -69,7 +69,7 @@ def main(args) -> None:
             f"main_finetune.py {common.FINETUNE} --epochs {epochs} --layer_decay {layer_decay} "
             f"--seed {seed} --data_path {some} --output_dir {folder} "
             + (f"--finetune {start}" if arm in ARMS else ""),
-            folder.with_suffix(".txt"),
+            folder / "output.txt",
         )
         accuracy = common.read_log(folder)[-1]["test_acc1"]
         accuracies.add(arm=arm, labels=labels, seed=seed, acc1=accuracy, seconds=seconds)

@@ -1,0 +1,40 @@
+"""What trained decoders read: attention of MAE to visible and hidden patches, map weights.
+
+    python scripts/experiments/what_is_read.py [--seeds 5]
+
+Reads the checkpoints that pretraining_helps.py left; 200 validation pictures, mask ratio 0.75.
+"""
+
+import sys
+
+import common
+
+sys.path.insert(0, str(common.ROOT))
+from util.decoder_attention import READ, read_attention  # noqa: E402
+from util.views import draw_noise  # noqa: E402
+from util.visualize import choose_images, load_images, load_pretrained  # noqa: E402
+
+NUM_IMAGES = 200
+
+
+def main(args) -> None:
+    results = common.Results("what_is_read", key=("arm", "seed"))
+    paths = choose_images([str(args.out / "digits/val")], NUM_IMAGES)
+    for seed in range(args.seeds):
+        for arm in ("mae", "crossmae 0.75"):
+            if results.find(arm=arm, seed=seed) is not None:
+                continue
+            checkpoint = args.out / f"{arm} {seed}".replace(" ", "-") / "checkpoint.pth"
+            model, trained = load_pretrained(str(checkpoint))
+            row = dict(arm=arm, seed=seed)
+            if arm == "mae":
+                noise = draw_noise(model, NUM_IMAGES, seed)
+                attention = read_attention(model, load_images(paths, trained), noise, 0.75, 0.75)
+                row |= dict(zip(READ, attention.mass.tolist(), strict=True))  # a list over blocks
+            else:
+                row["map_weights"] = model.wfm.linear.weight.tolist()  # decoder blocks x maps
+            results.add(**row)
+
+
+if __name__ == "__main__":
+    main(common.get_args_parser(__doc__.splitlines()[0]).parse_args())
