@@ -111,6 +111,9 @@ def test_files_and_flat_folders_have_no_labels(checkpoints, image_folder, tmp_pa
     few = np.load(tmp_path / "named.npz")
     assert few["files"].tolist() == [str(path) for path in named]
     np.testing.assert_allclose(few["features"], flat["features"][[3, 0]], atol=1e-6)
+    (image_folder / "val" / "b" / "some.txt").write_text("3.png\n0.jpg\n")
+    call(file, image_folder / "val" / "b" / "some.txt", tmp_path / "listed.npz")
+    assert np.array_equal(np.load(tmp_path / "listed.npz")["features"], few["features"])
     assert "labels" not in {*flat.keys(), *few.keys()}
     call(file, [image_folder / "train", image_folder / "val"], tmp_path / "both.npz")
     assert len(np.load(tmp_path / "both.npz")["files"]) == 16

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.datasets import Images, Reader, build_transform
+from util.datasets import Images, Reader, build_transform, read_list
 from util.distributed import all_reduce_sum, choose_device, is_main_process
 from util.images import find_images, open_image
 from util.loaders import DeviceLoader, build_eval_loader
@@ -92,7 +92,8 @@ def describe_transform(args) -> str:
 
 
 def list_files(sources: Iterable[str]) -> list[str]:
-    """Picture files: those named, and all below the folders named, in a fixed order.
+    """Picture files: those named, those in the lists (.txt) named, and all below the folders named,
+    in a fixed order.
 
     Raises:
         FileNotFoundError: something named is not there, or a folder holds no picture.
@@ -104,6 +105,8 @@ def list_files(sources: Iterable[str]) -> list[str]:
             if not found:
                 raise FileNotFoundError(f"There is no picture in {source}; name another folder.")
             files += found
+        elif os.path.exists(source) and str(source).endswith(".txt"):
+            files += [path for path, _ in read_list(Path(source))]
         elif os.path.exists(source):
             files.append(str(source))
         else:
