@@ -111,8 +111,8 @@ def test_files_and_flat_folders_have_no_labels(checkpoints, image_folder, tmp_pa
     few = np.load(tmp_path / "named.npz")
     assert few["files"].tolist() == [str(path) for path in named]
     np.testing.assert_allclose(few["features"], flat["features"][[3, 0]], atol=1e-6)
-    (image_folder / "val" / "b" / "some.txt").write_text("3.png\n0.jpg\n")
-    call(file, image_folder / "val" / "b" / "some.txt", tmp_path / "listed.npz")
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in named))
+    call(file, tmp_path / "list.txt", tmp_path / "listed.npz")
     assert np.array_equal(np.load(tmp_path / "listed.npz")["features"], few["features"])
     assert "labels" not in {*flat.keys(), *few.keys()}
     call(file, [image_folder / "train", image_folder / "val"], tmp_path / "both.npz")

@@ -50,7 +50,7 @@ class Pictures(NamedTuple):
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m util.extract", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, nargs="+", help="a folder, a .txt list, or pictures")
+    parser.add_argument("--data", required=True, nargs="+", help="a folder, list or pictures")
     parser.add_argument(
         "--out", required=True, type=Path, help="features.npz, or features.npy for large sets"
     )
