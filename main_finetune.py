@@ -18,7 +18,7 @@ from util.build import build_classifier, load_trained
 from util.checkpoint import load_encoder, load_model, read_checkpoint, weights_of
 from util.cli import check_shared, prepare_output, shared_parser
 from util.compile import compile_blocks
-from util.datasets import build_dataset
+from util.datasets import build_dataset, check_same_classes
 from util.distributed import wrap_ddp
 from util.images import find_classes
 from util.loaders import build_eval_loader, build_train_loader
@@ -240,12 +240,7 @@ def check_classes(args) -> None:
     splits = ["val"] if args.eval else ["train", "val"]
     classes, *others = (find_classes(Path(args.data_path, split)) for split in splits)
     for other in others:
-        odd = sorted(set(classes) ^ set(other))
-        if odd:
-            raise ValueError(
-                f"train/ and val/ of {args.data_path} have different class folders (such as "
-                f"{', '.join(odd[:3])}); both need the same."
-            )
+        check_same_classes(args.data_path, classes, other)
     if args.nb_classes is None:
         args.nb_classes = len(classes)
     elif args.nb_classes != len(classes):

@@ -348,6 +348,16 @@ def read_list(path: Path) -> list[tuple[str, int]]:
     return [(str(path.parent / name), 0) for name in names]
 
 
+def check_same_classes(data_path: str, train: list[str], val: list[str]) -> None:
+    """Raises ValueError where the class folders of train/ and val/ differ."""
+    odd = sorted(set(train) ^ set(val))
+    if odd:
+        raise ValueError(
+            f"train/ and val/ of {data_path} have different class folders (such as "
+            f"{', '.join(odd[:3])}); both need the same."
+        )
+
+
 def list_classes(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     """Class names, and (path, class number) of every picture below folder/CLASS/.
 

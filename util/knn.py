@@ -21,7 +21,7 @@ from torch import Tensor
 
 from util import run
 from util.build import load_trained
-from util.datasets import list_classes
+from util.datasets import check_same_classes, list_classes
 from util.report import (
     add_evaluation_flags,
     build_files_loader,
@@ -153,12 +153,7 @@ def find_split(data_path: str) -> tuple[list[str], list, list]:
     """
     classes, train = list_classes(Path(data_path, "train"))
     val_classes, val = list_classes(Path(data_path, "val"))
-    if classes != val_classes:
-        odd = ", ".join(sorted(set(classes) ^ set(val_classes))[:3])
-        raise ValueError(
-            f"train/ and val/ of {data_path} have different class folders (such as {odd}); both "
-            "need the same."
-        )
+    check_same_classes(data_path, classes, val_classes)
     return classes, train, val
 
 
