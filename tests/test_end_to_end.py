@@ -166,3 +166,21 @@ def test_a_pretrained_file_is_not_evaluated(finished, image_folder, capsys):
     with pytest.raises(SystemExit):
         run.run(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
     assert "give it to --finetune instead of --resume" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # the compiler itself, in two processes: one to three minutes
+def test_compiled_training_gives_the_same_losses(image_folder, tmp_path):
+    """Two processes, accumulation, partial prediction; a plain run goes on from the compiled one."""
+    losses = {}
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        run_flags = [*PRETRAIN, *CROSS, "--kept_mask_ratio", "0.25", "--accum_iter", "2", *flags]
+        data = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / name)]
+        out = call("main_pretrain.py", *run_flags, *data, processes=2)
+        assert ("First step:" in out) == (name == "compiled")
+        log = (tmp_path / name / "log.txt").read_text().splitlines()
+        losses[name] = [json.loads(line)["train_loss"] for line in log]
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    flags = [*PRETRAIN, *CROSS, "--epochs", "3", "--resume", "auto"]
+    data = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "compiled")]
+    out = call("main_pretrain.py", *flags, *data)
+    assert "Epoch: [2]" in out and "Epoch: [1]" not in out
