@@ -170,7 +170,7 @@ def test_a_pretrained_file_is_not_evaluated(finished, image_folder, capsys):
 
 @pytest.mark.slow  # the compiler itself, in two processes: one to three minutes
 def test_compiled_training_gives_the_same_losses(image_folder, tmp_path):
-    """Two processes, accumulation, partial prediction; a plain run goes on from the compiled one."""
+    """Two processes, accumulation, partial prediction; a plain run goes on from a compiled one."""
     losses = {}
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         run_flags = [*PRETRAIN, *CROSS, "--kept_mask_ratio", "0.25", "--accum_iter", "2", *flags]
