@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The encoder of every experiment, and how long the runs are: see docs/experiments.md.
 PRETRAIN = (
-    "--model mae_vit_mini_patch4 --input_size 32 --norm_pix_loss --mask_ratio 0.75 "
+    "--model mae_vit_mini_patch4 --norm_pix_loss --mask_ratio 0.75 "
     "--batch_size 32 --warmup_epochs 2 --lr 2e-3 --num_workers 0"
 )
 CROSS = "--cross_mae --weight_fm --use_input"
 FINETUNE = (
-    "--model vit_mini_patch4 --input_size 32 --batch_size 10 --warmup_epochs 1 --lr 2e-3 "
+    "--model vit_mini_patch4 --batch_size 10 --warmup_epochs 1 --lr 2e-3 "
     "--drop_path 0 --aa '' --reprob 0 --num_workers 0"
 )
 

@@ -1,6 +1,7 @@
-"""Does pre-training help where labels are few? kNN and fine-tuning, against the same from scratch.
+"""Does pre-training help where labels are few? kNN, linear probe and fine-tuning, against scratch.
 
-    python scripts/experiments/pretraining_helps.py [--seeds 5] [--labels 1 5 20 all]
+    python scripts/experiments/pretraining_helps.py [--data digits photographs] [--seeds 5]
+        [--labels 1 5 20 all]
 
 The seed decides the pre-training, which pictures keep their labels, and the fine-tuning; arms with
 the same seed have the same labels, so their difference is a paired one.
@@ -9,9 +10,26 @@ the same seed have the same labels, so their difference is a paired one.
 import math
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 
+
+class Data(NamedTuple):
+    """Where the pictures of an experiment are."""
+
+    write: str  # the command that writes them, followed by a folder
+    unlabelled: str  # for pre-training, inside that folder
+    labelled: str
+    flags: str
+
+
+DATA = {
+    "digits": Data("-m util.demo_data", ".", ".", "--input_size 32"),
+    "photographs": Data(
+        "scripts/experiments/photographs.py", "seen", "unseen", "--input_size 64 --patch_size 8"
+    ),
+}
 EPOCHS = 20  # of pre-training
 ARMS = {
     "crossmae 0.75": f"{common.CROSS} --kept_mask_ratio 0.75 --decoder_depth 4",
@@ -21,6 +39,8 @@ ARMS = {
 UPDATES = 50  # of fine-tuning per epoch, or a few more: few pictures are shown several times in it
 # (epochs, layer decay); the long one gets what pre-training and fine-tuning take together.
 SCHEDULE = {"pre-trained": (4, 0.65), "scratch": (4, 1.0), "scratch, long": (16, 1.0)}
+# The published recipe (LARS, BatchNorm before the head) with a rate and length for few pictures.
+PROBE = "--linear_probe --epochs 30 --warmup_epochs 3 --batch_size 64 --lr 1.6 --weight_decay 0"
 
 
 def label(data: Path, labels: str, seed: int, folder: Path) -> Path:
@@ -44,48 +64,60 @@ def label(data: Path, labels: str, seed: int, folder: Path) -> Path:
     return folder
 
 
-def main(args) -> None:
-    data, seeds = args.out / "digits", range(args.seeds)
-    common.call(f"-m util.demo_data {data}", args.out / "digits.txt")
-    features = common.Results("pretraining", key=("arm", "seed"))
-    accuracies = common.Results("finetuning", key=("arm", "labels", "seed"))
+def run(name: str, args) -> None:
+    """All arms of one data set."""
+    data, out, seeds = DATA[name], args.out / name, range(args.seeds)
+    pictures = out / "pictures"
+    if not pictures.exists():
+        common.call(f"{data.write} {pictures}", out / "pictures.txt")
+    features = common.Results("pretraining", key=("data", "arm", "seed"))
+    accuracies = common.Results("finetuning", key=("data", "task", "arm", "labels", "seed"))
+
+    def start_of(arm: str, seed: int) -> Path:
+        return out / f"{arm} {seed}".replace(" ", "-")
 
     def run_pretraining(arm: str, seed: int) -> None:
-        if features.find(arm=arm, seed=seed) is None:
-            folder = args.out / f"{arm} {seed}".replace(" ", "-")
-            flags = f"{ARMS[arm]} --epochs {EPOCHS} --seed {seed}"
-            losses, seconds = common.pretrain(flags, data, folder)
-            accuracy = common.knn(folder / "checkpoint.pth", data)
-            features.add(arm=arm, seed=seed, knn=accuracy, losses=losses, seconds=seconds)
+        if features.find(data=name, arm=arm, seed=seed) is None:
+            flags = f"{data.flags} {ARMS[arm]} --epochs {EPOCHS} --seed {seed}"
+            folder = start_of(arm, seed)
+            losses, seconds = common.pretrain(flags, pictures / data.unlabelled, folder)
+            acc1 = common.knn(folder / "checkpoint.pth", pictures / data.labelled)
+            features.add(data=name, arm=arm, seed=seed, knn=acc1, losses=losses, seconds=seconds)
 
-    def run_finetuning(arm: str, labels: str, seed: int) -> None:
-        if accuracies.find(arm=arm, labels=labels, seed=seed) is not None:
+    def run_finetuning(task: str, arm: str, labels: str, seed: int) -> None:
+        key = dict(data=name, task=task, arm=arm, labels=labels, seed=seed)
+        if accuracies.find(**key) is not None:
             return
         epochs, layer_decay = SCHEDULE["pre-trained" if arm in ARMS else arm]
-        start = args.out / f"{arm} {seed}".replace(" ", "-") / "checkpoint.pth"
-        folder = args.out / f"ft {arm} {labels} {seed}".replace(" ", "-").replace(",", "")
-        some = label(data, labels, seed, args.out / f"labels-{labels}-{seed}")
-        printed, seconds = common.call(
-            f"main_finetune.py {common.FINETUNE} --epochs {epochs} --layer_decay {layer_decay} "
-            f"--seed {seed} --data_path {some} --output_dir {folder} "
-            + (f"--finetune {start}" if arm in ARMS else ""),
+        flags = f"--epochs {epochs} --layer_decay {layer_decay}"
+        flags = f"{common.FINETUNE} {data.flags} {PROBE if task == 'probe' else flags}"
+        start = f"--finetune {start_of(arm, seed) / 'checkpoint.pth'}" if arm in ARMS else ""
+        folder = out / f"{task} {arm} {labels} {seed}".replace(" ", "-").replace(",", "")
+        some = label(pictures / data.labelled, labels, seed, out / f"labels-{labels}-{seed}")
+        _, seconds = common.call(
+            f"main_finetune.py {flags} {start} --seed {seed} --data_path {some} "
+            f"--output_dir {folder}",
             folder / "output.txt",
         )
-        accuracy = common.read_log(folder)[-1]["test_acc1"]
-        accuracies.add(arm=arm, labels=labels, seed=seed, acc1=accuracy, seconds=seconds)
+        acc1 = common.read_log(folder)[-1]["test_acc1"]
+        accuracies.add(**key, acc1=acc1, seconds=round(seconds, 1))
         for checkpoint in folder.glob("*.pth"):
             checkpoint.unlink()
 
     for seed in seeds:
         common.run_all(args.jobs, run_pretraining, [(arm, seed) for arm in ARMS])
         for labels in args.labels:
-            label(data, labels, seed, args.out / f"labels-{labels}-{seed}")
+            label(pictures / data.labelled, labels, seed, out / f"labels-{labels}-{seed}")
         arms = [*ARMS, "scratch", "scratch, long"]
-        items = [(arm, labels, seed) for labels in args.labels for arm in arms]
+        items = [("fine-tuning", arm, labels, seed) for labels in args.labels for arm in arms]
+        items += [("probe", arm, "all", seed) for arm in ARMS]
         common.run_all(args.jobs, run_finetuning, items)
 
 
 if __name__ == "__main__":
     parser = common.get_args_parser(__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="pictures")
     parser.add_argument("--labels", nargs="+", default=["1", "5", "20", "all"], help="per class")
-    main(parser.parse_args())
+    args = parser.parse_args()
+    for name in args.data:
+        run(name, args)

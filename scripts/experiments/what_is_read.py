@@ -19,12 +19,12 @@ NUM_IMAGES = 200
 
 def main(args) -> None:
     results = common.Results("what_is_read", key=("arm", "seed"))
-    paths = choose_images([str(args.out / "digits/val")], NUM_IMAGES)
+    paths = choose_images([str(args.out / "digits/pictures/val")], NUM_IMAGES)
     for seed in range(args.seeds):
         for arm in ("mae", "crossmae 0.75"):
             if results.find(arm=arm, seed=seed) is not None:
                 continue
-            checkpoint = args.out / f"{arm} {seed}".replace(" ", "-") / "checkpoint.pth"
+            checkpoint = args.out / "digits" / f"{arm} {seed}".replace(" ", "-") / "checkpoint.pth"
             model, trained = load_pretrained(str(checkpoint))
             row = dict(arm=arm, seed=seed)
             if arm == "mae":
