@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,3 +131,12 @@ def knn(checkpoint: Path, data: Path, k: int = 10) -> float:
     )
     printed, _ = call(command, checkpoint.parent / "knn.txt")
     return json.loads(printed.splitlines()[-1])["knn"][0]["acc1"]
+
+
+def count_cost(model: torch.nn.Module, size: int, ratios: tuple) -> tuple[float, float]:
+    """(GFLOP of a forward pass of one picture, million trained parameters), on the meta device."""
+    imgs = torch.empty(1, 3, size, size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(imgs, *ratios)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return counter.get_total_flops() / 1e9, trained / 1e6

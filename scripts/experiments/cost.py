@@ -11,7 +11,6 @@ from pathlib import Path
 
 import common
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(common.ROOT)))
 import models_cross  # noqa: E402
@@ -59,22 +58,13 @@ def build(model: str, factory: str, size: int) -> torch.nn.Module:
         return getattr(models_cross, f"mae_vit_{factory}")(**flags)
 
 
-def count(model: str, factory: str, size: int) -> tuple[float, float]:
-    """(GFLOP of a forward pass, million trained parameters)."""
-    net = build(model, factory, size).eval()
-    imgs = torch.empty(1, 3, size, size, device="meta")
-    ratios = () if MODELS[model][0] is None else (0.75, MODELS[model][1] or 0.75)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(imgs, *ratios)
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return counter.get_total_flops() / 1e9, trained / 1e6
-
-
 def main() -> None:
     results = common.Results("cost", key=("model", "size"))
     for model in MODELS:
         for (name, (factory, size)), known in zip(SIZES.items(), KNOWN[model].split(), strict=True):
-            gflop, params = count(model, factory, size)
+            kept = MODELS[model][1]
+            ratios = () if model == "classifier" else (0.75, kept or 0.75)
+            gflop, params = common.count_cost(build(model, factory, size), size, ratios)
             known_gflop, known_params = (float(x) if x != "-" else None for x in known.split("/"))
             row = dict(model=model, size=name, gflop=round(gflop, 3), mparams=round(params, 2))
             row |= dict(known_gflop=known_gflop, known_mparams=known_params)

@@ -1,7 +1,7 @@
 """Does pre-training help where labels are few? kNN, linear probe and fine-tuning, against scratch.
 
     python scripts/experiments/pretraining_helps.py [--data digits photographs] [--seeds 5]
-        [--labels 1 5 20 all]
+        [--labels 1 5 20 all] [--tasks fine-tuning probe]
 
 The seed decides the pre-training, which pictures keep their labels, and the fine-tuning; arms with
 the same seed have the same labels, so their difference is a paired one.
@@ -30,6 +30,7 @@ DATA = {
         "scripts/experiments/photographs.py", "seen", "unseen", "--input_size 64 --patch_size 8"
     ),
 }
+TASKS = ["fine-tuning", "probe"]
 EPOCHS = 20  # of pre-training
 ARMS = {
     "crossmae 0.75": f"{common.CROSS} --kept_mask_ratio 0.75 --decoder_depth 4",
@@ -40,7 +41,7 @@ UPDATES = 50  # of fine-tuning per epoch, or a few more: few pictures are shown 
 # (epochs, layer decay); the long one gets what pre-training and fine-tuning take together.
 SCHEDULE = {"pre-trained": (4, 0.65), "scratch": (4, 1.0), "scratch, long": (16, 1.0)}
 # The published recipe (LARS, BatchNorm before the head) with a rate and length for few pictures.
-PROBE = "--linear_probe --epochs 30 --warmup_epochs 3 --batch_size 64 --lr 1.6 --weight_decay 0"
+PROBE = "--linear_probe --global_pool --epochs 30 --warmup_epochs 3 --batch_size 64 --lr 6.4"
 
 
 def label(data: Path, labels: str, seed: int, folder: Path) -> Path:
@@ -111,13 +112,14 @@ def run(name: str, args) -> None:
         arms = [*ARMS, "scratch", "scratch, long"]
         items = [("fine-tuning", arm, labels, seed) for labels in args.labels for arm in arms]
         items += [("probe", arm, "all", seed) for arm in ARMS]
-        common.run_all(args.jobs, run_finetuning, items)
+        common.run_all(args.jobs, run_finetuning, [item for item in items if item[0] in args.tasks])
 
 
 if __name__ == "__main__":
     parser = common.get_args_parser(__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="pictures")
     parser.add_argument("--labels", nargs="+", default=["1", "5", "20", "all"], help="per class")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what to measure")
     args = parser.parse_args()
     for name in args.data:
         run(name, args)
