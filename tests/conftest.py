@@ -12,6 +12,22 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--parity_table",
+        metavar="FILE",
+        help="write what was compared with tests/parity, and the worst differences, as JSON",
+    )
+
+
+def pytest_sessionfinish(session):
+    if session.config.option.parity_table:
+        from parity_data import write_table
+
+        write_table(Path(session.config.option.parity_table))
+
+
 ENCODER = dict(
     img_size=32,
     patch_size=8,

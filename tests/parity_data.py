@@ -3,9 +3,11 @@
 import importlib
 import json
 import math
+import os
 import zlib
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -59,12 +61,44 @@ def build_loaded(case: dict, tensors: dict) -> torch.nn.Module:
     return model.train()
 
 
+class Comparison(NamedTuple):
+    """One passed comparison with stored numbers; `pytest --parity_table FILE` sums them up."""
+
+    test: str  # file::function[case]
+    quantity: str
+    difference: float  # the largest of the tensor
+    allowed: float
+    kind: str  # "absolute", "relative", or "equal" (names, shapes, order)
+
+
+COMPARISONS: list[Comparison] = []
+
+
+def note(quantity: str, difference: float = 0.0, allowed: float = 0.0, kind: str = "equal"):
+    """Keep a passed comparison for the table."""
+    test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+    COMPARISONS.append(Comparison(test, quantity, difference, allowed, kind))
+
+
 def assert_match(actual, expected, what: str, atol: float = 1e-5, rtol: float = 1e-4) -> None:
-    """max|a - b| <= atol + rtol max|b|, and equal shapes."""
+    """max|a - b| <= atol + rtol max|b|, and equal shapes; tensors, numbers or lists of numbers."""
+    if not isinstance(expected, torch.Tensor):
+        actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
     error = (actual.detach() - expected).abs().max().item()
     bound = atol + rtol * expected.abs().max().item()
     assert error <= bound, f"{what}: off by {error:.2e}, allowed {bound:.2e}"
+    note(what, error, bound, "absolute")
+
+
+def assert_rates_match(actual, expected, what: str, rtol: float = 1e-12) -> None:
+    """Every number to the relative rtol: rates and scales span many sizes. Numbers or lists."""
+    actual, expected = (torch.as_tensor(x, dtype=torch.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
+    assert actual[expected == 0].eq(0).all(), f"{what}: not 0 where 0 is stored"
+    error = ((actual - expected).abs() / expected.abs()).nan_to_num(0).max().item()
+    assert error <= rtol, f"{what}: off by {error:.2e} of the value, allowed {rtol:.2e}"
+    note(what, error, rtol, "relative")
 
 
 def assert_gradients_match(model: torch.nn.Module, tensors: dict, without_grad=()) -> None:
@@ -74,7 +108,7 @@ def assert_gradients_match(model: torch.nn.Module, tensors: dict, without_grad=(
     assert trainable == expected.keys() | set(without_grad)
     for name, param in model.named_parameters():
         if name in expected:
-            assert_match(param.grad, expected[name], f"gradient of {name}")
+            assert_match(param.grad, expected[name], f"gradient: {name}")
         else:
             assert param.grad is None, f"{name} has a gradient"
 
@@ -109,7 +143,7 @@ def assert_encoder_matches(case: dict, found: dict, tensors: dict) -> None:
         if index not in found["block_out"]:
             assert f"blocks.{index}.norm1.weight" in case["params_without_grad"]
         else:
-            assert_match(found["block_out"][index], expected, f"block {index}")
+            assert_match(found["block_out"][index], expected, f"block output: {index}")
 
 
 def assert_initial_values_match(case: dict, constructions: int) -> None:
@@ -134,6 +168,8 @@ def assert_initial_values_match(case: dict, constructions: int) -> None:
             assert largest == pytest.approx(expected["max_abs"], rel=15 * samples), name
         else:
             assert values.abs().max().item() < 6 * expected["std"], name
+        deviation = abs(values.std().item() - expected["std"])
+        note(f"spread of initial values: {name}", deviation, 4.5 * sigma, "statistical")
 
 
 def formula_weights(named_tensors, seed: int) -> dict[str, torch.Tensor]:
@@ -155,3 +191,19 @@ def formula_weights(named_tensors, seed: int) -> dict[str, torch.Tensor]:
 def uniform(seed: int, low: float, high: float, shape) -> torch.Tensor:
     """Float32 numbers from numpy's RandomState(seed).uniform."""
     return torch.from_numpy(np.random.RandomState(seed).uniform(low, high, shape)).float()
+
+
+def write_table(path: Path) -> None:
+    """A row per test function and quantity (up to a colon): the comparison nearest to its bound."""
+    groups = {}
+    for found in COMPARISONS:
+        test, quantity = found.test.partition("[")[0], found.quantity.partition(":")[0]
+        groups.setdefault((test, quantity, found.kind), []).append(found)
+    rows = []
+    for (test, quantity, kind), group in groups.items():
+        worst = max(group, key=lambda found: found.difference / (found.allowed or 1))
+        numbers = dict(cases=len({found.test for found in group}), comparisons=len(group))
+        numbers |= dict(difference=worst.difference, allowed=worst.allowed)
+        rows.append(dict(test=test, quantity=quantity, kind=kind, **numbers))
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.write_text(f'{{"machine": "torch {torch.__version__}, CPU", "rows": [\n{lines}\n]}}\n')

@@ -4,7 +4,7 @@ import importlib
 import re
 
 import pytest
-from parity_data import read_json
+from parity_data import note, read_json
 
 CLI = read_json("cli")
 MAINS = ("main_pretrain", "main_finetune")
@@ -31,6 +31,7 @@ def test_flag(main, entry):
     assert entry["flag"] in parser.format_help()
     default = vars(parser.parse_args([]))[dest]
     assert default == OTHER_DEFAULTS.get(dest, entry["default_in_reference"])
+    note(f"type and default of flags: {entry['flag']}")
     if entry["kind"] == "value":
         text = CHOICES.get(dest, SAMPLES[entry["type"]])
         value = vars(parser.parse_args([entry["flag"], text]))[dest]

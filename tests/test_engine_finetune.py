@@ -8,6 +8,7 @@ import pytest
 import torch
 from parity_data import (
     assert_match,
+    assert_rates_match,
     build_loaded,
     find_case,
     parity_cases,
@@ -59,17 +60,18 @@ def test_stored_run(case):
             *(model, criterion, loader, optimizer, CPU, epoch, scaler, case["clip_grad"]), args=args
         )
         this_epoch = slice(epoch * steps, (epoch + 1) * steps)
-        assert stats["loss"] == pytest.approx(sum(case["losses"][this_epoch]) / steps, abs=1e-5)
-        assert stats["lr"] == pytest.approx(sum(case["lr_max"][this_epoch]) / steps, rel=1e-6)
-    assert criterion.losses == pytest.approx(case["losses"], abs=1e-5)
-    assert [max(rates) for rates in criterion.rates] == pytest.approx(case["lr_max"], rel=1e-12)
-    assert [min(rates) for rates in criterion.rates] == pytest.approx(case["lr_min"], rel=1e-12)
+        mean_loss, mean_rate = (sum(case[k][this_epoch]) / steps for k in ("losses", "lr_max"))
+        assert_match(stats["loss"], mean_loss, "mean loss of an epoch", 1e-5, 0)
+        assert_rates_match(stats["lr"], mean_rate, "mean rate of an epoch", 1e-6)
+    assert_match(criterion.losses, case["losses"], "loss of every iteration", 1e-5, 0)
+    assert_rates_match([max(r) for r in criterion.rates], case["lr_max"], "largest rate")
+    assert_rates_match([min(r) for r in criterion.rates], case["lr_min"], "smallest rate")
     state = model.state_dict()
     for name, expected in part(tensors, "final").items():
         ours = state[name]
         if name.endswith("qkv.bias"):  # the gradient of a key bias is rounding noise
             ours, expected = (torch.cat(t.chunk(3)[::2]) for t in (ours, expected))
-        assert_match(ours, expected, name, atol=5e-5, rtol=0)
+        assert_match(ours, expected, f"final weight: {name}", atol=5e-5, rtol=0)
 
 
 def train(optimizer, model, batches, epoch=0, accum_iter=1, max_norm=None) -> None:
@@ -90,7 +92,7 @@ def pictures(*sizes: int) -> list:
 
 def assert_same_weights(one: nn.Module, other: nn.Module, atol: float) -> None:
     for (name, ours), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert_match(ours, theirs, name, atol=atol, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0, msg=name)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -156,8 +158,8 @@ def test_evaluation(caplog):
     )
     stats = evaluate(loader, model, CPU)
     assert {"acc1", "acc5", "loss"} <= stats.keys()
-    assert stats["acc1"] == pytest.approx(case["acc1"], rel=1e-6)
-    assert stats["acc5"] == pytest.approx(case["acc5"], rel=1e-6)
+    assert_rates_match(stats["acc1"], case["acc1"], "Acc@1", 1e-6)
+    assert_rates_match(stats["acc5"], case["acc5"], "Acc@5", 1e-6)
     lines = [record.getMessage() for record in caplog.records]
     results = [match for line in lines if (match := re.search(formats["result_regex"], line))]
     assert len(results) == 1

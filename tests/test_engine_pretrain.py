@@ -6,7 +6,15 @@ from argparse import Namespace
 
 import pytest
 import torch
-from parity_data import assert_match, build_loaded, parity_cases, part, read_json, tensors_of
+from parity_data import (
+    assert_match,
+    assert_rates_match,
+    build_loaded,
+    parity_cases,
+    part,
+    read_json,
+    tensors_of,
+)
 from torch import nn
 
 from engine_pretrain import train_one_epoch
@@ -58,17 +66,18 @@ def test_stored_run(case):
         loader = [(tensors["imgs"][batch], torch.zeros(len(batch))) for batch in batches]
         stats = train_one_epoch(fed, loader, optimizer, CPU, epoch, scaler, args=args)
         this_epoch = slice(epoch * steps, (epoch + 1) * steps)
-        assert stats["loss"] == pytest.approx(sum(case["losses"][this_epoch]) / steps, abs=1e-5)
-        assert stats["lr"] == pytest.approx(sum(case["lrs"][this_epoch]) / steps, rel=1e-6)
-    assert fed.losses == pytest.approx(case["losses"], abs=1e-5)
+        mean_loss, mean_rate = (sum(case[k][this_epoch]) / steps for k in ("losses", "lrs"))
+        assert_match(stats["loss"], mean_loss, "mean loss of an epoch", 1e-5, 0)
+        assert_rates_match(stats["lr"], mean_rate, "mean rate of an epoch", 1e-6)
+    assert_match(fed.losses, case["losses"], "loss of every iteration", 1e-5, 0)
     for rates, expected in zip(fed.rates, case["lrs"], strict=True):
-        assert rates == pytest.approx([expected] * len(rates), rel=1e-12)
+        assert_rates_match(rates, [expected] * len(rates), "rate of every iteration")
     state, final = model.state_dict(), part(tensors, "final")
     for name, expected in final.items():
         ours = state[name]
         if name.endswith(("qkv.bias", "kv.bias")):  # gradient of a key bias is rounding noise
             ours, expected = (without_key(t, "qkv" in name) for t in (ours, expected))
-        assert_match(ours, expected, name, atol=5e-5, rtol=0)
+        assert_match(ours, expected, f"final weight: {name}", atol=5e-5, rtol=0)
 
 
 def without_key(bias: torch.Tensor, fused_qkv: bool) -> torch.Tensor:
@@ -93,7 +102,7 @@ def train(optimizer, model, batches, noise, epoch=0, **changes) -> None:
 
 def assert_same_weights(one: nn.Module, other: nn.Module, atol: float = 1e-6) -> None:
     for (name, ours), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert_match(ours, theirs, name, atol=atol, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["tiny_cross", "tiny_mae"])

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from parity_data import parity_cases
+from parity_data import note, parity_cases
 from torch import nn
 
 
@@ -26,6 +26,7 @@ def test_state_dict(case):
     assert heads(model.blocks) == case["heads"]
     if case["decoder_heads"]:
         assert heads(model.decoder_blocks) == case["decoder_heads"]
+    note("names, shapes, order, counts, eps, heads")
 
 
 def heads(blocks: nn.ModuleList) -> list[int]:

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from parity_data import parity_cases
+from parity_data import assert_rates_match, note, parity_cases
 
 from util.lr_decay import param_groups_lrd, param_groups_weight_decay
 
@@ -37,8 +37,9 @@ def test_layer_decay_groups(case):
     for ours, theirs in zip(
         described(model, groups, "lr_scale", "weight_decay"), case["groups"], strict=True
     ):
-        assert ours.pop("lr_scale") == pytest.approx(theirs.pop("lr_scale"), rel=1e-12)
+        assert_rates_match(ours.pop("lr_scale"), theirs.pop("lr_scale"), "scale of a group")
         assert ours == theirs
+        note("members of a group, in order")
 
 
 @pytest.mark.parametrize("case", parity_cases("schedules", "wd"))
@@ -47,6 +48,7 @@ def test_weight_decay_groups(case):
     model = build_on_meta(case["module"], case)
     groups = param_groups_weight_decay(model, case["groups"][1]["weight_decay"])
     assert described(model, groups, "weight_decay") == case["groups"]
+    note("weight decay groups, in order")
 
 
 def test_every_trainable_tensor_is_in_one_group(tiny_vit, tiny_cross):

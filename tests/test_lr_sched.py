@@ -4,11 +4,9 @@ from argparse import Namespace
 
 import pytest
 import torch
-from parity_data import find_case, parity_cases, read_json
+from parity_data import assert_rates_match, find_case, parity_cases, read_json
 
 from util.lr_sched import adjust_learning_rate
-
-EXACT = dict(rel=1e-12, abs=1e-30)
 
 
 def optimizer_of(scales) -> torch.optim.Optimizer:
@@ -25,7 +23,7 @@ def test_rates_of_all_groups():
     for row in case["rows"]:
         lr = adjust_learning_rate(optimizer, row["epoch"], Namespace(**row["args"]))
         rates = [group["lr"] for group in optimizer.param_groups]
-        assert [lr, *rates] == pytest.approx([row["lr"], *row["group_lrs"]], **EXACT)
+        assert_rates_match([lr, *rates], [row["lr"], *row["group_lrs"]], "rates of all groups")
 
 
 @pytest.mark.parametrize("case", parity_cases("schedules", "lr_sequence"))
@@ -39,7 +37,7 @@ def test_sequence_with_accumulation(case):
             if step % args.accum_iter == 0:
                 adjust_learning_rate(optimizer, step / steps + epoch, args)
             rates.append(optimizer.param_groups[0]["lr"])
-        assert rates == pytest.approx(expected, **EXACT)
+        assert_rates_match(rates, expected, "rate of every iteration")
 
 
 @pytest.mark.parametrize("recipe", read_json("schedules")["recipes"], ids=lambda r: r["name"])
@@ -50,7 +48,7 @@ def test_published_recipes(recipe):
         lr = adjust_learning_rate(
             optimizer, step / recipe["iters_per_epoch"] + epoch, Namespace(**recipe)
         )
-        assert lr == pytest.approx(expected, **EXACT)
+        assert_rates_match(lr, expected, "rate of a published recipe")
 
 
 @pytest.mark.parametrize(

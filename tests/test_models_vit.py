@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from parity_data import (
     assert_gradients_match,
     assert_match,
+    assert_rates_match,
     build,
     build_loaded,
     find_case,
+    note,
     parity_cases,
     part,
     read_json,
@@ -33,10 +35,10 @@ def test_logits_losses_and_gradients(case):
     labels, smoothed = tensors["labels"].long(), LabelSmoothingCrossEntropy(0.1)
     loss = smoothed(logits, labels)
     soft = SoftTargetCrossEntropy()(logits, tensors["soft_targets"])
-    assert loss.item() == pytest.approx(case["loss_label_smoothing_0p1"], abs=1e-5)
-    assert soft.item() == pytest.approx(case["loss_soft_target"], abs=1e-5)
+    assert_match(loss.item(), case["loss_label_smoothing_0p1"], "loss, smoothed labels", 1e-5, 0)
+    assert_match(soft.item(), case["loss_soft_target"], "loss, soft targets", 1e-5, 0)
     plain = F.cross_entropy(logits, labels).item()
-    assert plain == pytest.approx(case["loss_cross_entropy"], abs=1e-5)
+    assert_match(plain, case["loss_cross_entropy"], "loss, cross-entropy", 1e-5, 0)
     loss.backward()
     assert_gradients_match(model, tensors)
 
@@ -47,7 +49,8 @@ def test_drop_path_rates(tiny_vit):
     model = tiny_vit(depth=expected["depth"], drop_path_rate=expected["rate"])
     for block, rates in zip(model.blocks, expected["per_block_attn_and_mlp"], strict=True):
         found = {m.drop_prob for m in block.modules() if isinstance(m, DropPath)} or {0.0}
-        assert len(found) == 1 and rates == pytest.approx([*found] * 2)
+        assert len(found) == 1
+        assert_rates_match([*found] * 2, rates, "drop path rate", 1e-6)
 
 
 @pytest.mark.parametrize("case", parity_cases("vit", "load"))
@@ -60,6 +63,7 @@ def test_loading_a_pretrained_file(case):
     result = load_encoder(model, dict(source.state_dict()))
     assert sorted(result.missing) == sorted(case["missing_keys"])
     assert sorted(result.unexpected) == sorted(case["unexpected_keys"])
+    note("missing and unexpected names")
     assert_match(model.pos_embed, tensors["pos_embed_after"], "pos_embed")
     fill = part(tensors, "fill")
     assert fill.keys() == set(case["missing_keys"])

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from parity_data import read_json
+from parity_data import assert_rates_match, read_json
 
 from main_pretrain import lr_scale
 from util.run import report_start, set_lr
@@ -24,7 +24,7 @@ def test_peak_rate(case, tiny_cross, caplog):
     args = Namespace(**(switches | model | dict(output_dir="", dist_backend=None, rank=0) | case))
     args.lr = args.lr_flag
     text = set_lr(args, *(lr_scale(args) if args.mask_ratio else ()))
-    assert args.lr == pytest.approx(case["lr"], rel=1e-12)
+    assert_rates_match(args.lr, case["lr"], "peak rate")
     report_start(args, tiny_cross(), text, "written out", "no data")
     for line in (
         f"base lr: {case['printed_base_lr']}",

@@ -80,6 +80,18 @@ def reading_table() -> None:
     print(table(["MAE reads", *(f"block {i + 1}" for i in range(len(body[0]) - 2)), "sum"], body))
 
 
+def parity_table() -> None:
+    rows = common.Results("parity", ("test", "quantity", "kind")).rows
+    body = []
+    for row in rows:
+        test = row["test"].removeprefix("tests/test_").replace(".py::test_", ": ").replace("_", " ")
+        found = "equal" if row["kind"] == "equal" else f"{row['difference']:.1e}"
+        allowed = "equal" if row["kind"] == "equal" else f"{row['allowed']:.1e}"
+        allowed += " of the value" if row["kind"] == "relative" else ""
+        body.append([test, row["quantity"], str(row["comparisons"]), found, allowed])
+    print(table(["test", "quantity", "comparisons", "worst difference", "allowed"], body))
+
+
 if __name__ == "__main__":
     for path in sorted((common.ROOT / "docs/results").glob("*.json")):
         print(f"{path.name}: {json.loads(path.read_text())['machine']}")
@@ -87,3 +99,4 @@ if __name__ == "__main__":
     accuracy_tables()
     cost_table()
     reading_table()
+    parity_table()
