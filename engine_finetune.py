@@ -101,9 +101,7 @@ def evaluate(data_loader, model, device, amp: str = "auto") -> dict[str, float]:
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over a batch, logits (B, classes): loss, correct at 1, correct at 5, images
-    (float64).
-    """
+    """Float64 sums of a batch, logits (B, classes): loss, correct at 1, correct at 5, images."""
     loss = F.cross_entropy(logits, labels, reduction="sum")
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     correct = best == labels.unsqueeze(1)

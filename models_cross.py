@@ -179,8 +179,7 @@ def resolve_feature_maps(use_fm: Sequence[int], depth: int) -> list[int]:
     if not blocks or blocks[0] < 0 or blocks[-1] >= depth or len(set(blocks)) < len(blocks):
         raise ValueError(
             f"use_fm {list(use_fm)} does not fit an encoder of {depth} blocks: give different "
-            f"numbers "
-            f"from {-depth} to {depth - 1}, or -1 alone for all blocks."
+            f"numbers from {-depth} to {depth - 1}, or -1 alone for all blocks."
         )
     return blocks
 

@@ -71,9 +71,7 @@ class VisionTransformer(ViTBackbone):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def freeze_for_probe(self) -> None:
-        """Train nothing but the head, which gets a BatchNorm without weights in front (MAE,
-        A.1).
-        """
+        """Train only the head, with a BatchNorm without weights in front of it (MAE, A.1)."""
         self.requires_grad_(False)
         norm = nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6)
         self.head = nn.Sequential(norm, self.head.requires_grad_(True))

@@ -1,6 +1,4 @@
-"""The path of a researcher with the real commands: pre-train, fine-tune, evaluate, on real
-files.
-"""
+"""The path of a researcher with the real commands: pre-train, fine-tune, evaluate."""
 
 import json
 import os
@@ -46,9 +44,7 @@ def call(*command: str, processes: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, image_folder):
-    """Folder with a pre-trained (2 processes) and a fine-tuned (2 processes) run, and their
-    output.
-    """
+    """Folder with a pre-training and a fine-tuning run of 2 processes each, and their output."""
     folder = tmp_path_factory.mktemp("runs")
     data = ["--data_path", str(image_folder)]
     out = {}

@@ -264,9 +264,7 @@ def test_normalize_equals_the_recipe():
 
 
 def test_search_passes_over_what_is_no_picture(tmp_path):
-    """Hidden entries, other files and loops of links; dangling links are pictures to complain
-    about.
-    """
+    """Hidden entries, other files, loops of links; a dangling link counts as a bad picture."""
     for name in ("b/2.JPG", "b/1.png", "a.tiff", ".hidden.png", ".git/x.png", "b/._1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

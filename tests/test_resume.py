@@ -1,6 +1,4 @@
-"""Going on after a kill equals never having stopped: every later loss and the weights, to the
-bit.
-"""
+"""Going on after a kill equals never having stopped: later losses and weights, to the bit."""
 
 import signal
 

@@ -155,9 +155,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and attention in `call`; 2 per
-    multiply-add.
-    """
+    """Operations of the matrix products and attention in `call`; 2 per multiply-add."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -251,9 +249,7 @@ def measure_step(args, device: torch.device, clock: Clock) -> dict:
 
 
 def compile_blocks_of(model: nn.Module, args, device: torch.device) -> float | None:
-    """Compile the blocks if asked to; the seconds that the first step then takes are in the
-    result.
-    """
+    """Compile the blocks if asked to; returns the seconds that the first step then takes."""
     if not args.compile:
         return None
     from util.compile import compile_blocks

@@ -24,8 +24,7 @@ class PatchEmbed(nn.Module):
         if img_size[0] % patch_size or img_size[1] % patch_size:
             raise ValueError(
                 f"Input size {img_size[0]}x{img_size[1]} does not divide by patch size "
-                f"{patch_size}; "
-                "choose a multiple of it for both sides."
+                f"{patch_size}; choose a multiple of it for both sides."
             )
         self.img_size = tuple(img_size)
         self.patch_size = patch_size
@@ -128,9 +127,7 @@ class Block(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """CrossMAE decoder block: queries read a context, then an MLP; self-attention first if asked
-    for.
-    """
+    """CrossMAE decoder block: (self-attention if asked for,) cross-attention to a context, MLP."""
 
     def __init__(
         self,

@@ -1,6 +1,4 @@
-"""From flags, or from the arguments inside a checkpoint, to a model: for the scripts and the
-tools.
-"""
+"""From flags, or from the arguments inside a checkpoint, to a model."""
 
 import argparse
 from pathlib import Path

@@ -121,8 +121,7 @@ def explain_refusal(path: Path, size: int, error: Exception) -> str:
         names = ""
     return (
         f"{path} is refused: it asks for code to be run ({names or one_line(error)}), which a "
-        f"file of "
-        "weights never needs; get it from a source you trust and save its weights alone."
+        "file of weights never needs; get it from a source you trust and save its weights alone."
     )
 
 
@@ -224,8 +223,8 @@ def check_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], skip=()) -
         if weights[name].shape != value.shape:
             raise CheckpointError(
                 f"{name} is {tuple(weights[name].shape)} in the checkpoint but "
-                f"{tuple(value.shape)} in "
-                "the model; choose the --model (and --patch_size, --in_chans) it was trained with."
+                f"{tuple(value.shape)} in the model; choose the --model (and --patch_size, "
+                "--in_chans) it was trained with."
             )
 
 
@@ -424,6 +423,5 @@ def load_optimizer(optimizer, state: dict, source: str) -> None:
     except ValueError as error:
         raise CheckpointError(
             f"The optimizer state in {source} does not fit this run ({one_line(error)}); use the "
-            f"flags "
-            "it was trained with, or take only its weights."
+            "flags it was trained with, or take only its weights."
         ) from error

@@ -94,9 +94,7 @@ class TolerantImages(Images):
 
 @contextlib.contextmanager
 def seeded(*key: int):
-    """Give python, numpy and torch random numbers that depend on `key` alone, then put theirs
-    back.
-    """
+    """Random numbers of python, numpy and torch that depend on `key` alone; undone at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)

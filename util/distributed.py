@@ -114,8 +114,7 @@ def read_launcher(env, dist_on_itp: bool) -> tuple[int, int, int]:
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
             raise ValueError(
                 f"SLURM started {env['SLURM_NTASKS']} tasks but MASTER_ADDR and MASTER_PORT are "
-                f"not "
-                "set; export the first node's name and a free port, or start through torchrun."
+                "not set; export the first node's name and a free port, or start through torchrun."
             )
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
     return 0, 1, 0
@@ -139,8 +138,7 @@ def choose_device(wanted: str | None, local_rank: int) -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"Local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} "
-                f"found; "
-                "start at most one process per GPU (--nproc_per_node)."
+                "found; start at most one process per GPU (--nproc_per_node)."
             )
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)

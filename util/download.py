@@ -114,9 +114,7 @@ def file_hash(path: Path) -> str:
 
 
 def fetch_from_hub(source: str) -> str:
-    """hf://owner/repository/path/in/it, through huggingface_hub and its cache (HF_HUB_OFFLINE
-    counts).
-    """
+    """hf://owner/repository/path, through huggingface_hub and its cache (or HF_HUB_OFFLINE)."""
     from huggingface_hub import hf_hub_download
 
     owner, repository, *path = [*source.removeprefix("hf://").split("/"), "", ""]

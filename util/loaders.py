@@ -69,9 +69,7 @@ class EvalBatches(Sampler):
 
 
 class DeviceLoader:
-    """Batches (imgs, labels) on the device; uint8 pictures arrive there and are normalised
-    there.
-    """
+    """Batches (imgs, labels) on the device; uint8 pictures are normalised there."""
 
     def __init__(self, loader: DataLoader, device: torch.device, mean, std):
         self.loader = loader

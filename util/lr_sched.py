@@ -1,6 +1,4 @@
-"""Learning rate over fractional epochs: linear warm-up from 0, then half a cosine down to
-min_lr.
-"""
+"""Learning rate over fractional epochs: linear warm-up from 0, half a cosine to min_lr."""
 
 import math
 

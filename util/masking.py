@@ -10,9 +10,7 @@ from torch import Tensor
 
 
 class Masking(NamedTuple):
-    """A random order of the patches: the first V are visible, the last P predicted, the rest
-    dropped.
-    """
+    """A random order of the patches: the first V visible, the last P predicted, others dropped."""
 
     order: Tensor  # (B, L) patch numbers
     num_visible: int

@@ -10,9 +10,7 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def choose_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Autocast type of --amp; None is float32. auto: bf16 on GPUs that have it, else fp16; off on
-    CPU.
-    """
+    """Autocast type of --amp, None: float32. auto: bf16 where a GPU has it, else fp16; CPU: off."""
     if amp != "auto":
         return AMP_TYPES[amp]
     if device.type != "cuda":

@@ -34,8 +34,6 @@ def take_patches(imgs: Tensor, ids: Tensor, patch_size: int) -> Tensor:
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Each patch (last dimension) to mean 0 and unbiased variance 1: the target of
-    --norm_pix_loss.
-    """
+    """Patches (..., pixels) to mean 0 and unbiased variance 1: the target of --norm_pix_loss."""
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean).div_((var + 1e-6).sqrt())

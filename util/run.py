@@ -196,9 +196,7 @@ def log_epoch(args, stats: dict) -> None:
 
 @contextlib.contextmanager
 def recording(args, state, num_iterations: int):
-    """TensorBoard writer (or None) for the time of training; says when it starts and how long it
-    took.
-    """
+    """TensorBoard writer (or None) during training; says when it starts and how long it took."""
     if args.rank == 0 and args.output_dir:
         tidy_output(args, state.epoch)
     writer = make_writer(args, int((state.epoch + state.iteration / num_iterations) * 1000))
@@ -254,9 +252,7 @@ def free_frames(error: BaseException | None) -> None:
 
 
 def is_meant_for_users(error: Exception) -> bool:
-    """Whether the message is a sentence of ours: a ValueError of a library is a bug, and shows its
-    trace.
-    """
+    """Is the message a sentence of ours? A ValueError of a library is a bug: show its trace."""
     if not isinstance(error, ValueError):
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename

@@ -40,9 +40,7 @@ def is_stop_asked() -> bool:
 
 
 def ignore_in_worker(worker_id: int) -> None:
-    """Loader processes get the signals of their group too; they must live until the run has
-    saved.
-    """
+    """Loader processes get the signals of their group too; they must outlive the save."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -233,9 +233,7 @@ def flush(writer) -> None:
 
 
 def find_newest(folder: Path) -> str:
-    """The newest complete checkpoint of a folder; '' where there is none. Damaged ones are
-    named.
-    """
+    """The newest complete checkpoint of a folder, or ''; damaged ones are named."""
     files = [p for p in folder.glob("checkpoint*.pth") if p.is_file()]
     for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         try:

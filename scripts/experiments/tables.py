@@ -1,27 +1,45 @@
-"""The tables of docs/experiments.md, from docs/results: mean ± standard deviation over the seeds.
+"""The tables of docs/experiments.md and the README, from docs/results.
 
-python scripts/experiments/tables.py
+    python scripts/experiments/tables.py          # print them
+    python scripts/experiments/tables.py --write  # put them between <!-- table: NAME --> and
+                                                  # <!-- end --> in the documents
+
+Means ± standard deviation over the seeds.
 """
 
-import json
+import argparse
+import re
 import statistics
 
+import ablations
 import common
 
+DOCUMENTS = ("docs/experiments.md", "README.md")
 ARMS = ["crossmae 0.75", "crossmae 0.25", "mae", "scratch", "scratch, long"]
+PAIRS = [
+    ("crossmae 0.75", "scratch"),
+    ("crossmae 0.75", "scratch, long"),
+    ("crossmae 0.75", "mae"),
+    ("crossmae 0.75", "crossmae 0.25"),
+]
 
 
-def spread(values: list[float]) -> str:
+def rows_of(name: str) -> list[dict]:
+    """The rows of docs/results/NAME.json; none before its experiment was run."""
+    return common.Results(name, key=()).rows
+
+
+def spread(values: list[float], digits: int = 1) -> str:
     """Mean ± standard deviation; the mean alone of one value."""
     if not values:
         return "-"
-    more = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{more}"
+    more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{more}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+def table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_seed(rows: list[dict], value: str, **key) -> dict[int, float]:
@@ -29,35 +47,64 @@ def by_seed(rows: list[dict], value: str, **key) -> dict[int, float]:
     return {r["seed"]: r[value] for r in rows if all(r[k] == key[k] for k in key)}
 
 
-def paired(rows: list[dict], labels: str, arm: str, other: str) -> str:
-    """Difference of two arms over the seeds that both have."""
-    a, b = (by_seed(rows, "acc1", arm=x, labels=labels) for x in (arm, other))
-    return spread([a[seed] - b[seed] for seed in a.keys() & b.keys()])
+def measures_of(data: str) -> dict[str, dict[str, dict[int, float]]]:
+    """{measure: {arm: {seed: accuracy}}}: kNN, linear probe, and fine-tuning per label budget."""
+    features = [row for row in rows_of("pretraining") if row["data"] == data]
+    trained = [row for row in rows_of("finetuning") if row["data"] == data]
+    tuned = [row for row in trained if row["task"] == "fine-tuning"]
+    probed = [row for row in trained if row["task"] == "probe"]
+    measures = {"kNN": {arm: by_seed(features, "knn", arm=arm) for arm in ARMS}}
+    if probed:
+        measures["linear probe"] = {arm: by_seed(probed, "acc1", arm=arm) for arm in ARMS}
+    budgets = {row["labels"] for row in tuned}
+    for n in sorted(budgets, key=lambda n: (not n.isdecimal(), n.zfill(9))):
+        name = "all labels" if n == "all" else f"{n} per class"
+        measures[name] = {arm: by_seed(tuned, "acc1", arm=arm, labels=n) for arm in ARMS}
+    return measures
 
 
-def accuracy_tables() -> None:
-    features = common.Results("pretraining", ("arm", "seed")).rows
-    rows = common.Results("finetuning", ("arm", "labels", "seed")).rows
-    budgets = sorted({row["labels"] for row in rows}, key=lambda x: (not x.isdecimal(), x.zfill(9)))
-    body = []
-    for arm in ARMS:
-        seconds = spread(list(by_seed(features, "seconds", arm=arm).values()))
-        body.append([arm, seconds, spread(list(by_seed(features, "knn", arm=arm).values()))])
-        body[-1] += [
-            spread(list(by_seed(rows, "acc1", arm=arm, labels=n).values())) for n in budgets
-        ]
-    head = ["arm", "pre-training, s", "kNN"] + [f"fine-tuned, {n} per class" for n in budgets]
-    print(table(head, body))
-    pairs = [("crossmae 0.75", "scratch"), ("crossmae 0.75", "scratch, long")]
-    pairs += [("crossmae 0.75", "mae"), ("crossmae 0.75", "crossmae 0.25")]
-    body = [[f"{a} − {b}"] + [paired(rows, n, a, b) for n in budgets] for a, b in pairs]
-    print(table(["paired difference"] + [f"{n} per class" for n in budgets], body))
+def accuracy_table(data: str) -> str:
+    measures = measures_of(data)
+    body = [[arm] + [spread([*m[arm].values()]) for m in measures.values()] for arm in ARMS]
+    seeds = [str(max(len(seeds) for seeds in m.values())) for m in measures.values()]
+    return table(["accuracy, %", *measures], [*body, ["seeds", *seeds]])
 
 
-def cost_table() -> None:
-    rows = common.Results("cost", ("model", "size")).rows
+def pairs_table(data: str) -> str:
+    """Differences of two arms over the seeds that both have."""
+    measures, body = measures_of(data), []
+    for a, b in PAIRS:
+        body.append([f"{a} − {b}"])
+        for m in measures.values():
+            body[-1].append(spread([m[a][seed] - m[b][seed] for seed in m[a].keys() & m[b].keys()]))
+    return table(["paired difference", *measures], body)
+
+
+def seconds_table(data: str) -> str:
+    rows = [row for row in rows_of("pretraining") if row["data"] == data]
+    arms = dict.fromkeys(arm for arm in ARMS if by_seed(rows, "seconds", arm=arm))
+    values = [spread([*by_seed(rows, "seconds", arm=arm).values()], 0) for arm in arms]
+    return table(["pre-training", *arms], [["seconds", *values]])
+
+
+def ablation_table() -> str:
+    rows, body = rows_of("ablations"), []
+    for run in ablations.RUNS:
+        found = [row for row in rows if row["run"] == run]
+        if not found:
+            continue
+        first = found[0]
+        body.append([run, f"{first['gflop'] * 1000:.1f}", f"{first['mparams']:.2f}"])
+        body[-1].append(spread([row["seconds"] for row in found], 0))
+        body[-1].append(spread([row["losses"][-1] for row in found], 3))
+        body[-1].append(spread([row["knn"] for row in found]))
+    head = ["run", "MFLOP", "million parameters", "seconds", "last loss", "kNN, %"]
+    return table(head, body)
+
+
+def cost_table() -> str:
+    rows, body = rows_of("cost"), []
     sizes = ["S/16", "B/16", "L/16", "H/14", "B/16 448"]
-    body = []
     for model in dict.fromkeys(row["model"] for row in rows):
         found = {row["size"]: row for row in rows if row["model"] == model}
         body.append([model])
@@ -65,38 +112,57 @@ def cost_table() -> None:
             row = found[size]
             known = f" ({row['known_gflop']:g})" if row["known_gflop"] else ""
             body[-1].append(f"{row['gflop']:.2f}{known}, {row['mparams']:.1f}")
-    print(table(["GFLOP (known), million parameters", *sizes], body))
+    return table(["GFLOP (known), million parameters", *sizes], body)
 
 
-def reading_table() -> None:
-    rows = common.Results("what_is_read", ("arm", "seed")).rows
-    masses = [row for row in rows if row["arm"] == "mae"]
-    body = []
+def reading_table() -> str:
+    masses, body = [row for row in rows_of("what_is_read") if row["arm"] == "mae"], []
     for target in ("visible", "masked", "class token"):
         blocks = list(zip(*(row[target] for row in masses), strict=True))
         sums = [sum(row[target]) for row in masses]
         body.append([target, *(f"{statistics.mean(x):.2f}" for x in blocks)])
         body[-1].append(f"{statistics.mean(sums):.2f}")
-    print(table(["MAE reads", *(f"block {i + 1}" for i in range(len(body[0]) - 2)), "sum"], body))
+    return table(["MAE reads", *(f"block {i + 1}" for i in range(len(body[0]) - 2)), "sum"], body)
 
 
-def parity_table() -> None:
-    rows = common.Results("parity", ("test", "quantity", "kind")).rows
+def parity_table() -> str:
     body = []
-    for row in rows:
+    for row in rows_of("parity"):
         test = row["test"].removeprefix("tests/test_").replace(".py::test_", ": ").replace("_", " ")
-        found = "equal" if row["kind"] == "equal" else f"{row['difference']:.1e}"
-        allowed = "equal" if row["kind"] == "equal" else f"{row['allowed']:.1e}"
+        found, allowed = "equal", "equal"
+        if row["kind"] != "equal":
+            found, allowed = f"{row['difference']:.1e}", f"{row['allowed']:.1e}"
         allowed += " of the value" if row["kind"] == "relative" else ""
         body.append([test, row["quantity"], str(row["comparisons"]), found, allowed])
-    print(table(["test", "quantity", "comparisons", "worst difference", "allowed"], body))
+    return table(["test", "quantity", "comparisons", "worst difference", "allowed"], body)
+
+
+def all_tables() -> dict[str, str]:
+    """{name: text}."""
+    tables = {}
+    for data in ("digits", "photographs"):
+        tables[f"accuracy {data}"] = accuracy_table(data)
+        tables[f"pairs {data}"] = pairs_table(data)
+        tables[f"seconds {data}"] = seconds_table(data)
+    tables |= {"ablations": ablation_table(), "cost": cost_table()}
+    return tables | {"reading": reading_table(), "parity": parity_table()}
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """A document with its tables brought up to date.
+
+    Raises:
+        KeyError: it names a table that does not exist.
+    """
+    pattern = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", text)
 
 
 if __name__ == "__main__":
-    for path in sorted((common.ROOT / "docs/results").glob("*.json")):
-        print(f"{path.name}: {json.loads(path.read_text())['machine']}")
-    print()
-    accuracy_tables()
-    cost_table()
-    reading_table()
-    parity_table()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="bring the documents up to date")
+    write, tables = parser.parse_args().write, all_tables()
+    for name, text in tables.items():
+        print(f"{name}\n\n{text}\n")
+    for path in [common.ROOT / document for document in DOCUMENTS] if write else []:
+        path.write_text(fill(path.read_text(), tables))
