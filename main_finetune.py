@@ -20,6 +20,7 @@ from util.cli import check_shared, prepare_output, shared_parser
 from util.compile import compile_blocks
 from util.datasets import build_dataset, check_same_classes
 from util.distributed import wrap_ddp
+from util.evaluation import list_files
 from util.images import find_classes
 from util.loaders import build_eval_loader, build_train_loader
 from util.lr_decay import param_groups_lrd
@@ -29,13 +30,7 @@ from util.optim import (
     build_lars,
     choose_amp_dtype,
 )
-from util.report import (
-    count_confusion,
-    list_files,
-    name_classes,
-    predict_files,
-    write_report,
-)
+from util.report import count_confusion, name_classes, predict_files, write_report
 from util.state import RunState
 from util.vit import as_size
 

@@ -25,7 +25,6 @@ from util import download
 from util.checkpoint import (
     CheckpointError,
     kind_of,
-    link_or_copy,
     load_encoder,
     load_matching,
     load_strict,
@@ -339,18 +338,6 @@ def test_write_replaces_whole_files(tmp_path):
     write_checkpoint({"epoch": 2}, path)
     assert (read_checkpoint(path)["epoch"], read_checkpoint(best)["epoch"]) == (2, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-best.pth", "checkpoint.pth"]
-
-
-def test_copy_where_links_are_unknown(tmp_path, monkeypatch):
-    """Some network and memory-stick file systems know no second names; a mock stands for one."""
-
-    def refuse(*_):
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    (tmp_path / "a").write_text("text")
-    link_or_copy(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_text() == "text"
 
 
 # Network

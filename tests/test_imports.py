@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 UTIL_LAYERS = [
     {"attention", "masking", "patches", "pos_embed", "lr_sched", "lr_decay", "optim", "cli"}
-    | {"distributed", "download", "images", "pictures", "recompute", "signals", "textbook"},
+    | {"distributed", "download", "images", "pictures", "recompute", "signals", "textbook"}
+    | {"files"},
     {"blocks", "metrics", "checkpoint", "datasets", "loaders", "run", "state", "train_log"}
     | {"views", "shards"},
-    {"vit", "compile", "report", "decoder_attention", "board"},
+    {"vit", "compile", "evaluation", "report", "decoder_attention", "board"},
 ]
 MAIN = len(UTIL_LAYERS) + 2  # and tools
 ABOVE_MODELS = {"build"}  # of util: makes models from flags, for the scripts and the tools

@@ -1,37 +1,18 @@
 """util/report.py: predictions and tables against plain loops and numbers worked out by hand."""
 
 import csv
-import os
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_evaluation import make_args, prepared
 
 from util import report
+from util.evaluation import list_files
 
-ARGS = dict(input_size=32, in_chans=3, mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3])
-FLAGS = dict(batch_size=3, num_workers=0, device="cpu", amp="off")
 MATRIX = torch.tensor([[3, 1, 0], [0, 4, 0], [2, 2, 4]])  # 16 pictures, 11 right
-
-
-def make_args(**changes) -> Namespace:
-    args = Namespace(**(ARGS | changes))
-    report.set_evaluation(args, Namespace(**FLAGS))
-    return args
-
-
-def prepared(path, mean=ARGS["mean"], std=ARGS["std"]) -> torch.Tensor:
-    """A picture by the recipe in Pillow and numpy: short side 36, middle 32 x 32, normalised."""
-    with Image.open(path) as picture:
-        picture = picture.convert("RGB")
-    width, height = picture.size
-    scale = 36 / min(width, height)
-    picture = picture.resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
-    left, top = round((picture.width - 32) / 2), round((picture.height - 32) / 2)
-    pixels = np.asarray(picture.crop((left, top, left + 32, top + 32))) / 255
-    return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).float()
 
 
 def read_csv(path) -> list[list[str]]:
@@ -39,79 +20,10 @@ def read_csv(path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_files_are_listed_in_order(image_folder, tmp_path):
-    val = image_folder / "val"
-    files = report.list_files([val, str(val / "b" / "3.png")])
-    assert files == [str(p) for p in sorted(val.glob("*/*"))] + [str(val / "b" / "3.png")]
-    with pytest.raises(FileNotFoundError, match="no picture in .*name another"):
-        report.list_files([tmp_path])
-    with pytest.raises(FileNotFoundError, match="no file or folder .*nowhere"):
-        report.list_files([tmp_path / "nowhere"])
-
-
-@pytest.mark.parametrize("flag", ["batch_size", "num_workers"])
-def test_senseless_flags_are_refused(flag):
-    with pytest.raises(ValueError, match=f"--{flag} is -1"):
-        report.set_evaluation(Namespace(**ARGS), Namespace(**(FLAGS | {flag: -1})))
-
-
-def test_transform_in_words():
-    text = report.describe_transform(make_args())
-    assert "short side 36, centre crop 32 x 32, mean 0.5 0.4 0.3, std 0.2 0.25 0.3" in text
-    assert "cover 36 x 73, centre crop 32 x 64" in report.describe_transform(
-        make_args(input_size=(32, 64))
-    )
-
-
-@pytest.mark.parametrize("which", report.FEATURES)
-def test_features_are_those_of_timm(image_folder, tiny_vit, which):
-    """The same weights in timm's class, on pictures prepared without torchvision."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    model = tiny_vit(global_pool=False)
-    timm_model = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5
-    ).eval()
-    timm_model.load_state_dict(model.state_dict())
-    files = report.list_files([image_folder / "val"])
-    loader = report.build_files_loader([(file, i) for i, file in enumerate(files)], [], make_args())
-    parts = list(report.run_features(model, loader, which, torch.device("cpu")))
-    features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    with torch.no_grad():
-        tokens = timm_model.forward_features(torch.stack([prepared(file) for file in files]))
-    expected = dict(cls=tokens[:, 0], patches=tokens[:, 1:], mean=tokens[:, 1:].mean(dim=1))
-    # 8-bit rounding of the resize is the same; float32 normalisation is not quite.
-    torch.testing.assert_close(features, expected[which], rtol=1e-4, atol=1e-4)
-    assert labels.tolist() == list(range(8))
-
-
-def test_default_feature_is_what_the_head_reads(tiny_vit, tiny_cross):
-    models = tiny_vit(global_pool=True), tiny_vit(global_pool=False), tiny_cross()
-    assert [report.default_feature(model) for model in models] == ["mean", "cls", "cls"]
-
-
-def test_a_file_is_whole_or_as_before(tmp_path):
-    path = tmp_path / "new" / "out.csv"
-    with report.whole_file(path) as waiting:
-        waiting.write_text("first")
-        waiting.chmod(0o600)
-        assert not path.exists()
-    umask = os.umask(0)
-    os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-    with pytest.raises(RuntimeError, match="on the way"), report.whole_file(path) as waiting:
-        waiting.write_text("second, ha")
-        raise RuntimeError("on the way")
-    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
-    for bad in (path.parent, path / "below a file"):
-        with pytest.raises(OSError, match="Cannot write"), report.whole_file(bad):
-            pytest.fail("the block must not begin")
-
-
 def test_predictions(image_folder, tiny_vit, tmp_path):
     """Every row against a softmax written out; the five likeliest of six classes."""
     model, classes = tiny_vit(num_classes=6), ["ant", "bee", "cat", "dog", "elk, big", "fly"]
-    files = report.list_files([image_folder / "val"])
+    files = list_files([image_folder / "val"])
     report.predict_files(model, files, classes, make_args(), tmp_path / "predictions.csv")
     head, *rows = read_csv(tmp_path / "predictions.csv")
     assert head[:5] == ["file", "class", "probability", "class_2", "probability_2"]
@@ -127,7 +39,7 @@ def test_predictions(image_folder, tiny_vit, tmp_path):
 
 
 def test_predictions_of_few_classes_have_fewer_columns(image_folder, tiny_vit, tmp_path):
-    files = report.list_files([image_folder / "val"])
+    files = list_files([image_folder / "val"])
     names = report.name_classes(Namespace(class_names=[]), 2)
     report.predict_files(tiny_vit(num_classes=2), files, names, make_args(), tmp_path / "p.csv")
     head, *rows = read_csv(tmp_path / "p.csv")

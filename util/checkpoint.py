@@ -7,12 +7,10 @@ from the file.
 
 import argparse
 import contextlib
-import errno
 import json
 import logging
 import os
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from util.download import fetch
+from util.files import link_or_copy, room_left, sync_folder
 from util.pos_embed import interpolate_pos_embed
 
 logger = logging.getLogger(__name__)
@@ -316,46 +315,6 @@ def write_checkpoint(checkpoint: dict, path: Path, links: list[Path] = ()) -> No
             f"Cannot write the checkpoint {path} ({one_line(error)}; {room_left(path.parent)}); "
             f"{before}."
         ) from error
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system knows no such thing."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        shutil.copyfile(source, target)
-        with open(target, "rb+") as file:
-            os.fsync(file.fileno())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step, so that a kill leaves the old one or the new one."""
-    waiting = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    with open(waiting, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(waiting, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def room_left(folder: Path) -> str:
-    try:
-        disk = os.statvfs(folder)
-    except OSError as error:
-        return error.strerror
-    return f"{disk.f_bavail * disk.f_frsize / 2**20:,.0f} MiB left there"
 
 
 def remove_leftovers(folder: Path) -> None:

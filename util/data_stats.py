@@ -30,6 +30,7 @@ from tqdm import tqdm
 from util import run
 from util.cli import IMAGENET_MEAN, IMAGENET_STD
 from util.datasets import find_pictures
+from util.evaluation import DEFAULT_WORKERS, list_files
 from util.images import (
     PIL_MODES,
     BadImage,
@@ -41,7 +42,7 @@ from util.images import (
     stack_pages,
     to_tensor,
 )
-from util.report import DEFAULT_WORKERS, imbalance_note, list_files
+from util.report import imbalance_note
 from util.shards import is_shards
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from util import run
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
 from util.checkpoint import ENCODER_PARTS
 from util.datasets import CROP_SHARE
-from util.report import whole_file
+from util.files import whole_file
 from util.vit import BASE, HUGE, LARGE, SMALL, as_size
 
 logger = logging.getLogger(__name__)

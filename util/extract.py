@@ -22,7 +22,7 @@ import numpy as np
 
 from util import run
 from util.build import load_trained
-from util.report import (
+from util.evaluation import (
     FEATURES,
     add_evaluation_flags,
     build_files_loader,
@@ -31,8 +31,8 @@ from util.report import (
     list_files,
     run_features,
     set_evaluation,
-    whole_file,
 )
+from util.files import whole_file
 
 logger = logging.getLogger(__name__)
 

@@ -22,15 +22,15 @@ from torch import Tensor
 from util import run
 from util.build import load_trained
 from util.datasets import check_same_classes, list_classes
-from util.report import (
+from util.evaluation import (
     add_evaluation_flags,
     build_files_loader,
     default_feature,
     describe_transform,
-    few_classes_note,
     run_features,
     set_evaluation,
 )
+from util.report import few_classes_note
 
 logger = logging.getLogger(__name__)
 

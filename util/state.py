@@ -21,9 +21,9 @@ from util.checkpoint import (
     read_checkpoint,
     remove_leftovers,
     save_model,
-    write_text,
 )
 from util.distributed import all_reduce_max, get_rank, get_world_size, is_main_process
+from util.files import write_text
 
 logger = logging.getLogger(__name__)
 
