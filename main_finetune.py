@@ -18,7 +18,7 @@ from util.build import build_classifier, load_trained
 from util.checkpoint import load_encoder, load_model, read_checkpoint, weights_of
 from util.cli import check_shared, prepare_output, shared_parser
 from util.compile import compile_blocks
-from util.datasets import build_dataset, check_same_classes
+from util.datasets import build_dataset, build_transform, check_same_classes
 from util.distributed import wrap_ddp
 from util.evaluation import list_files
 from util.images import find_classes
@@ -203,6 +203,8 @@ def check_args(args) -> None:
         raise ValueError(f"Mixup pairs images: --batch_size {args.batch_size} must be even.")
     if (args.eval or args.predict) and args.resume in ("", "auto"):
         raise ValueError("--eval and --predict need a fine-tuned checkpoint: add --resume FILE.")
+    if args.eval and args.predict:
+        raise ValueError("--eval wants labels and --predict has none: give one of them.")
     if args.report and not args.eval:
         raise ValueError("--report describes an evaluation: add --eval --resume FILE.")
     if args.linear_probe and (mixes or args.drop_path):
@@ -213,15 +215,35 @@ def check_args(args) -> None:
         raise ValueError("--cutmix_minmax takes two shares, the least and the largest.")
     if not 0 <= args.drop_path < 1:
         raise ValueError(f"--drop_path is {args.drop_path}; it must be at least 0 and below 1.")
+    if not 0 < args.layer_decay <= 1:
+        raise ValueError(f"--layer_decay is {args.layer_decay}; it must be above 0, at most 1.")
     if not 0 <= args.smoothing < 1:
         raise ValueError(f"--smoothing is {args.smoothing}; it must be at least 0 and below 1.")
-    if args.in_chans != 3 and not args.eval:
+    check_augmentation(args)
+
+
+def check_augmentation(args) -> None:
+    """Refuse what cannot be applied to the pictures.
+
+    Raises:
+        ValueError: --aa is no policy, or wants colours where there are none.
+    """
+    if args.eval or args.predict:
+        return
+    if args.in_chans != 3:
         if args.aa == "rand-m9-mstd0.5-inc1":
             args.aa = ""
         if args.aa or args.color_jitter:
             raise ValueError(
                 "--aa and --color_jitter work on 3 channels; leave them out (--aa '')."
             )
+    try:
+        build_transform(True, args)
+    except AssertionError as error:  # so timm says it
+        raise ValueError(
+            f"--aa {args.aa} is no policy of timm; rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 and "
+            "original-mstd0.5 are, '' is none."
+        ) from error
 
 
 def check_classes(args) -> None:
@@ -357,6 +379,11 @@ def evaluate_checkpoint(args, model) -> None:
 def predict(args) -> None:
     """--predict: classes of unlabelled pictures, from all that the checkpoint says of itself."""
     model, trained = load_trained(args.resume, model=args.model)
+    if not hasattr(trained, "nb_classes"):
+        raise ValueError(
+            f"{args.resume} is a pre-trained model, which knows no classes; --predict needs one "
+            "that was fine-tuned."
+        )
     for name in ("device", "amp", "batch_size", "num_workers", "pin_mem", "prefetch"):
         setattr(trained, name, getattr(args, name))
     prepare_output(args)
@@ -368,13 +395,17 @@ def predict(args) -> None:
 
 
 def start_from_pretrained(model, source: str) -> None:
-    """Load a pre-trained encoder and give the classifier a small random head."""
+    """Load an encoder and give the classifier a small random head, also where the file has one."""
     checkpoint = read_checkpoint(source)
     logger.info("Load pre-trained checkpoint from: %s", source)
     args = checkpoint.get("args", {})
     size, patch_size = as_size(args.get("input_size") or 0), model.patch_embed.patch_size
     grid = (size[0] // patch_size, size[1] // patch_size) if all(size) else None
-    load_encoder(model, weights_of(checkpoint, source), grid)
+    weights = weights_of(checkpoint, source)
+    for name in [name for name in weights if name.startswith("head.")]:
+        logger.info("Removing key %s from pretrained checkpoint", name)
+        del weights[name]
+    load_encoder(model, weights, grid)
     model.start_head()
 
 

@@ -134,6 +134,12 @@ def check_args(args) -> None:
     for name in ("mask_ratio", "kept_mask_ratio"):  # both enter the rate, for the baseline too
         if not 0 < getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must lie between 0 and 1.")
+    if not args.cross_mae and not args.no_lr_scale and args.kept_mask_ratio != args.mask_ratio:
+        logger.warning(
+            "MAE predicts every hidden patch, but --kept_mask_ratio %g scales its rate, as in the "
+            "public code; set it to --mask_ratio, or give --no_lr_scale",
+            args.kept_mask_ratio,
+        )
     if args.decoder_depth < 1:
         raise ValueError(f"--decoder_depth is {args.decoder_depth}; it must be at least 1.")
     if not args.cross_mae:

@@ -46,12 +46,12 @@ print(f"first epoch {losses[0]:.4f}, last epoch {losses[-1]:.4f}")
 END
 }
 
-setup_environment requirements.txt scripts/requirements-demo.txt
 if [ -e "$OUT" ] && [ ! -e "$MARK" ] && [ -n "$(ls -A "$OUT")" ]; then
     stop "$OUT is not empty and not the output of an earlier demo; name another folder."
 fi
 mkdir -p "$OUT" || stop "cannot make the folder $OUT."
 touch "$MARK" || stop "cannot write into $OUT."
+setup_environment requirements.txt scripts/requirements-demo.txt
 rm -rf "$OUT/pretrain" "$OUT/finetune" "$OUT/scratch" "$OUT/reconstructions.png"
 cd "$ROOT"
 

@@ -2,8 +2,8 @@
 #
 #     setup_environment requirements.txt [more requirement files, relative to $ROOT]
 #
-# $ROOT/.venv exists, holds these requirements and comes first on PATH. An existing .venv is used as
-# it is; requirement files that were installed before, unchanged, cost no time.
+# $ROOT/.venv exists, holds these requirements and comes first on PATH. An existing .venv is used; pip
+# is called only for requirement files that it has not seen in this form.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

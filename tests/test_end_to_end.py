@@ -132,6 +132,15 @@ WRONG = {
     "must be even": [main_finetune, *FINETUNE, "--mixup", "1", "--batch_size", "3"],
     "use_fm [9]": [main_pretrain, *PRETRAIN, "--cross_mae", "--weight_fm", "--use_fm", "9"],
     "--device tpu": [main_pretrain, *PRETRAIN, "--device", "tpu"],
+    "--data_path is empty": [main_pretrain, *PRETRAIN, "--data_path", ""],
+    "--lr is -1.0": [main_pretrain, *PRETRAIN, "--lr", "-1"],
+    "--blr is nan": [main_pretrain, *PRETRAIN, "--blr", "nan"],
+    "--weight_decay is -1.0": [main_finetune, *FINETUNE, "--weight_decay", "-1"],
+    "--warmup_epochs is -5": [main_pretrain, *PRETRAIN, "--warmup_epochs", "-5"],
+    "--patch_size is 0": [main_pretrain, *PRETRAIN, "--patch_size", "0"],
+    "--layer_decay is 7.0": [main_finetune, *FINETUNE, "--layer_decay", "7"],
+    "--aa foo is no policy": [main_finetune, *FINETUNE, "--aa", "foo"],
+    "give one of them": [main_finetune, *FINETUNE, "--eval", "--predict", "x", "--resume", "y"],
 }
 
 
@@ -162,6 +171,38 @@ def test_a_pretrained_file_is_not_evaluated(finished, image_folder, capsys):
     with pytest.raises(SystemExit):
         run.run(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
     assert "give it to --finetune instead of --resume" in capsys.readouterr().out
+
+
+def test_a_pretrained_file_predicts_nothing(finished, image_folder, capsys):
+    folder, _ = finished
+    flags = ["--predict", str(image_folder), "--resume", f"{folder}/pre/checkpoint.pth"]
+    with pytest.raises(SystemExit):
+        run.run(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
+    assert "--predict needs one that was fine-tuned" in capsys.readouterr().out
+
+
+def test_the_flag_that_differs_is_named(finished, image_folder, capsys):
+    """A file that fits another model says with which flags it was trained."""
+    folder, _ = finished
+    flags = ["--eval", "--resume", f"{folder}/fine/checkpoint.pth", "--data_path"]
+    flags += [str(image_folder), "--input_size", "64"]
+    with pytest.raises(SystemExit):
+        run.run(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
+    assert "it was trained with --input_size 32: use the same" in capsys.readouterr().out
+
+
+def test_a_fresh_run_lays_the_log_of_another_aside(image_folder, tmp_path, capsys):
+    """Two runs in one folder are never one log; one that is complete says so."""
+    where = ["--data_path", str(image_folder), "--output_dir", str(tmp_path)]
+    flags = [*PRETRAIN, *CROSS, *where]
+    for more in ([], [], ["--resume", "auto"]):
+        run.run(main_pretrain.main, main_pretrain.get_args_parser().parse_args([*flags, *more]))
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()]
+    (aside,) = tmp_path.glob("log-until-*.txt")
+    assert epochs == [json.loads(line)["epoch"] for line in aside.open()] == [0, 1]
+    out = capsys.readouterr().out
+    assert "The log of the run before this one is" in out
+    assert "Nothing to do" in out.splitlines()[-2]
 
 
 @pytest.mark.slow  # the compiler itself, in two processes: one to three minutes

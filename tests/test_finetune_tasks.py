@@ -7,6 +7,7 @@ import torch
 
 import main_finetune
 import main_pretrain
+from util.attention import Attend
 from util.checkpoint import read_checkpoint
 from util.run import start_logging
 
@@ -25,6 +26,21 @@ def runs(tmp_path_factory, image_folder):
     flags = [*MODEL, *data, "--finetune", f"{folder}/pre/checkpoint.pth"]
     main_finetune.main(main_finetune.parse_args([*flags, "--output_dir", f"{folder}/fine"]))
     return folder
+
+
+def test_a_fine_tuned_file_gives_its_encoder_and_not_its_head(runs, image_folder, caplog):
+    """--finetune starts a fresh head also where the file has one that would fit, and says so."""
+    flags = [*MODEL, "--data_path", str(image_folder), "--finetune", f"{runs}/fine/checkpoint.pth"]
+    args = main_finetune.parse_args([*flags, "--epochs", "1", "--output_dir", ""])
+    args.nb_classes = 2
+    caplog.set_level("INFO")
+    model = main_finetune.build_classifier(args, Attend())
+    main_finetune.start_from_pretrained(model, args.finetune)
+    trained = read_checkpoint(runs / "fine/checkpoint.pth")["model"]
+    assert "Removing key head.weight" in caplog.text
+    assert "fresh: head.weight, head.bias" in caplog.text
+    assert not torch.equal(model.head.weight, trained["head.weight"])
+    assert torch.equal(model.fc_norm.weight, trained["fc_norm.weight"])
 
 
 def test_a_linear_probe_leaves_the_encoder_as_it_is(runs, image_folder, tmp_path, capsys):

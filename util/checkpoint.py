@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 PLAIN = (str, int, float, bool, type(None))
 PREFIXES = ("module.", "_orig_mod.")
+SHAPING = (  # flags on which the names and shapes of the weights depend
+    "model input_size patch_size in_chans cross_mae decoder_depth decoder_embed_dim weight_fm "
+    "use_fm use_input self_attn nb_classes global_pool linear_probe".split()
+)
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
 
@@ -246,8 +250,13 @@ def load_matching(model: nn.Module, source: str) -> None:
     )
 
 
-def load_strict(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+def load_strict(
+    model: nn.Module, weights: dict[str, Tensor], source: str, trained_with: str = ""
+) -> None:
     """Load every tensor.
+
+    Args:
+        trained_with: flags that the file was written with and this model was not, for the error.
 
     Raises:
         CheckpointError: the names or shapes differ; says what kind of file it is and what to do.
@@ -275,10 +284,28 @@ def load_strict(model: nn.Module, weights: dict[str, Tensor], source: str) -> No
     examples += [
         f"{n} is {tuple(weights[n].shape)}, not {tuple(own[n].shape)}" for n in reshaped[:2]
     ]
-    raise CheckpointError(
-        f"{source} fits another model ({'; '.join(examples)}); use the --model, sizes and decoder "
-        "flags it was trained with."
-    )
+    remedy = "use the --model, sizes and decoder flags it was trained with"
+    if trained_with:
+        remedy = f"it was trained with {trained_with}: use the same"
+    raise CheckpointError(f"{source} fits another model ({'; '.join(examples)}); {remedy}.")
+
+
+def differing_flags(args, trained: dict) -> str:
+    """Flags that shape the model, as a checkpoint's arguments have them and `args` does not."""
+    found = []
+    for name in SHAPING:
+        theirs, ours = (
+            list(value) if isinstance(value, tuple) else value
+            for value in (trained.get(name), getattr(args, name, None))
+        )
+        if name not in trained or not hasattr(args, name) or theirs == ours:
+            continue
+        if isinstance(theirs, bool):
+            found.append(f"--{name}" if theirs else f"no --{name}")
+        else:
+            values = theirs if isinstance(theirs, list) else [theirs]
+            found.append(f"--{name} {' '.join(map(str, values))}")
+    return ", ".join(found)
 
 
 def write_checkpoint(checkpoint: dict, path: Path, links: list[Path] = ()) -> None:
@@ -358,7 +385,8 @@ def load_model(args, model_without_ddp, optimizer=None, loss_scaler=None) -> dic
         CheckpointError: the file cannot be read or fits another model.
     """
     checkpoint = read_checkpoint(args.resume)
-    load_strict(model_without_ddp, weights_of(checkpoint, args.resume), args.resume)
+    trained_with = differing_flags(args, checkpoint.get("args", {}))
+    load_strict(model_without_ddp, weights_of(checkpoint, args.resume), args.resume, trained_with)
     logger.info("Resume checkpoint %s", args.resume)
     if optimizer is not None and "optimizer" in checkpoint and "epoch" in checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"], args.resume)

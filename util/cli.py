@@ -10,10 +10,12 @@ from pathlib import Path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-AT_LEAST_ONE = "batch_size accum_iter epochs in_chans prefetch save_every dist_timeout".split()
+AT_LEAST_ONE = (
+    "batch_size accum_iter epochs in_chans patch_size prefetch save_every dist_timeout".split()
+)
 NOT_NEGATIVE = (
     "num_workers start_epoch skip_nonfinite save_every_minutes keep_every keep_last "
-    "weight_decay warmup_epochs min_lr".split()
+    "weight_decay warmup_epochs lr blr min_lr clip_grad".split()
 )
 
 
@@ -222,27 +224,15 @@ def check_shared(args: argparse.Namespace) -> None:
     Raises:
         ValueError: with the flag, its value and the remedy.
     """
-    for name in (
-        "batch_size",
-        "accum_iter",
-        "epochs",
-        "in_chans",
-        "prefetch",
-        "save_every",
-        "dist_timeout",
-    ):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1.")
-    for name in (
-        "num_workers",
-        "start_epoch",
-        "skip_nonfinite",
-        "save_every_minutes",
-        "keep_every",
-        "keep_last",
-    ):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative.")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name in AT_LEAST_ONE:
+        if given.get(name, 1) < 1:
+            raise ValueError(f"--{name} is {given[name]}; it must be at least 1.")
+    for name in NOT_NEGATIVE:
+        if not given.get(name, 0) >= 0:  # nan neither
+            raise ValueError(f"--{name} is {given[name]}; it must not be negative.")
+    if not args.data_path:
+        raise ValueError("--data_path is empty (an unset variable?); name the data's folder.")
     if args.compile and args.grad_checkpointing:
         raise ValueError("--compile plans memory itself: leave out --grad_checkpointing.")
     if args.skip_bad_images and getattr(args, "eval", False):

@@ -200,7 +200,13 @@ def recording(args, state, num_iterations: int):
     if args.rank == 0 and args.output_dir:
         tidy_output(args, state.epoch)
     writer = make_writer(args, int((state.epoch + state.iteration / num_iterations) * 1000))
-    logger.info("Start training for %d epochs", args.epochs)
+    if state.epoch >= args.epochs:
+        logger.info(
+            "Nothing to do: %s has finished epoch %d of --epochs %d (they count from 0)",
+            *(args.resume or "--start_epoch", state.epoch - 1, args.epochs),
+        )
+    else:
+        logger.info("Start training for %d epochs", args.epochs)
     start = time.time()
     try:
         yield writer

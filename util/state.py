@@ -4,6 +4,7 @@ A run that is killed and goes on with --resume auto takes the same steps as one 
 bit for bit on a CPU, up to the order of the GPU's own sums on a GPU.
 """
 
+import datetime
 import json
 import logging
 import random
@@ -255,7 +256,7 @@ def remove_old(folder: Path, keep_last: int) -> None:
 
 def tidy_output(args, first_epoch: int) -> None:
     """Clear the output folder of what an interrupted run left: half-written files, lines of log.txt
-    about epochs that will be run again. Warns where a fresh start is about to replace a run.
+    about epochs that will be run again. A fresh start lays the log of the run before it aside.
     """
     folder = Path(args.output_dir)
     remove_leftovers(folder)
@@ -265,7 +266,12 @@ def tidy_output(args, first_epoch: int) -> None:
             folder,
         )
     log = folder / "log.txt"
-    if args.resume and log.exists():
+    if not args.resume and log.exists():
+        ended = datetime.datetime.fromtimestamp(log.stat().st_mtime)
+        aside = log.with_name(f"log-until-{ended:%Y%m%d-%H%M%S}.txt")
+        log.replace(aside)
+        logger.warning("The log of the run before this one is %s now", aside)
+    elif log.exists():
         lines = log.read_text(encoding="utf-8").splitlines()
         kept = [
             line for line in lines if line.endswith("}") and json.loads(line)["epoch"] < first_epoch

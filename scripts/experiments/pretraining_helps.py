@@ -78,17 +78,18 @@ def run(name: str, args) -> None:
         return out / f"{arm} {seed}".replace(" ", "-")
 
     def run_pretraining(arm: str, seed: int) -> None:
+        flags = f"{data.flags} {ARMS[arm]} --epochs {EPOCHS} --seed {seed}"
+        folder = start_of(arm, seed)
+        losses, seconds = common.pretrain(flags, pictures / data.unlabelled, folder)
         if features.find(data=name, arm=arm, seed=seed) is None:
-            flags = f"{data.flags} {ARMS[arm]} --epochs {EPOCHS} --seed {seed}"
-            folder = start_of(arm, seed)
-            losses, seconds = common.pretrain(flags, pictures / data.unlabelled, folder)
             acc1 = common.knn(folder / "checkpoint.pth", pictures / data.labelled)
             features.add(data=name, arm=arm, seed=seed, knn=acc1, losses=losses, seconds=seconds)
 
-    def run_finetuning(task: str, arm: str, labels: str, seed: int) -> None:
+    def is_missing(task: str, arm: str, labels: str, seed: int) -> bool:
         key = dict(data=name, task=task, arm=arm, labels=labels, seed=seed)
-        if accuracies.find(**key) is not None:
-            return
+        return task in args.tasks and accuracies.find(**key) is None
+
+    def run_finetuning(task: str, arm: str, labels: str, seed: int) -> None:
         epochs, layer_decay = SCHEDULE["pre-trained" if arm in ARMS else arm]
         flags = f"--epochs {epochs} --layer_decay {layer_decay}"
         flags = f"{common.FINETUNE} {data.flags} {PROBE if task == 'probe' else flags}"
@@ -101,18 +102,26 @@ def run(name: str, args) -> None:
             folder / "output.txt",
         )
         acc1 = common.read_log(folder)[-1]["test_acc1"]
-        accuracies.add(**key, acc1=acc1, seconds=round(seconds, 1))
+        row = dict(data=name, task=task, arm=arm, labels=labels, seed=seed)
+        accuracies.add(**row, acc1=acc1, seconds=round(seconds, 1))
         for checkpoint in folder.glob("*.pth"):
             checkpoint.unlink()
 
     for seed in seeds:
-        common.run_all(args.jobs, run_pretraining, [(arm, seed) for arm in ARMS])
         for labels in args.labels:
             label(pictures / data.labelled, labels, seed, out / f"labels-{labels}-{seed}")
         arms = [*ARMS, "scratch", "scratch, long"]
         items = [("fine-tuning", arm, labels, seed) for labels in args.labels for arm in arms]
         items += [("probe", arm, "all", seed) for arm in ARMS]
-        common.run_all(args.jobs, run_finetuning, [item for item in items if item[0] in args.tasks])
+        items = [item for item in items if is_missing(*item)]
+        starts = [  # what has no row yet, or is needed again where only results were kept
+            arm
+            for arm in ARMS
+            if features.find(data=name, arm=arm, seed=seed) is None
+            or any(item[1] == arm for item in items)
+        ]
+        common.run_all(args.jobs, run_pretraining, [(arm, seed) for arm in starts])
+        common.run_all(args.jobs, run_finetuning, items)
 
 
 if __name__ == "__main__":
