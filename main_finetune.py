@@ -64,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--finetune",
         default="",
-        help="pre-trained checkpoint to start from: a file or an https URL",
+        help="pre-trained checkpoint to start from: a file, an https or hf:// address",
     )
 
     optim = parser.add_argument_group("fine-tuning rate")

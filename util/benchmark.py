@@ -58,31 +58,47 @@ logger = logging.getLogger(__name__)
 def get_args_parser() -> argparse.ArgumentParser:
     """Flags of the benchmark."""
     parser = argparse.ArgumentParser(
-        "util.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m util.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--what", choices=["step", "optimizer", "loader", "eval", "save"], default="step"
+        "--what",
+        choices=["step", "optimizer", "loader", "eval", "save"],
+        default="step",
+        help="see above (default: step)",
     )
-    parser.add_argument("--model", default="mae_vit_small_patch16", help="vit_* for --what eval")
+    parser.add_argument(
+        "--model",
+        default="mae_vit_small_patch16",
+        help="vit_* for --what eval (default: %(default)s)",
+    )
     parser.add_argument("--mae", action="store_true", help="the MAE baseline instead of CrossMAE")
-    parser.add_argument("--input_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--decoder_depth", type=int, default=12)
-    parser.add_argument("--mask_ratio", type=float, default=0.75)
-    parser.add_argument("--kept_mask_ratio", type=float, default=0.75)
+    parser.add_argument("--input_size", type=int, default=224, help="pixels (default: 224)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images (default: 16)")
+    parser.add_argument("--decoder_depth", type=int, default=12, help="blocks (default: 12)")
+    parser.add_argument("--mask_ratio", type=float, default=0.75, help="(default: 0.75)")
+    parser.add_argument("--kept_mask_ratio", type=float, default=0.75, help="(default: 0.75)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    parser.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
-    parser.add_argument("--enable_flash_attention2", action="store_true")
-    parser.add_argument("--grad_checkpointing", action="store_true")
+    parser.add_argument(
+        "--amp",
+        choices=["auto", "bf16", "fp16", "off"],
+        default="auto",
+        help="autocast type (default: auto)",
+    )
+    parser.add_argument("--enable_flash_attention2", action="store_true", help="in ours")
+    parser.add_argument("--grad_checkpointing", action="store_true", help="in ours")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     parser.add_argument("--repeats", type=int, default=7, help="pairs measured (default: 7)")
-    parser.add_argument("--steps", type=int, default=1, help="steps per timing (GPU: 20 or more)")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="per timing; GPU: 20 or more (default: 1)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument(
         "--clock",
         choices=["wall", "cpu"],
         default="wall",
-        help="cpu: processor seconds of this process, for a shared machine with --threads 1",
+        help="cpu: processor seconds, for a shared machine with --threads 1 (default: wall)",
     )
     parser.add_argument(
         "--images", help="JPEG files for --what loader (default: photographs of scikit-learn)"

@@ -138,10 +138,11 @@ def build_train_loader(dataset: Dataset, args) -> DeviceLoader:
     """
     batches = TrainBatches(len(dataset), args.batch_size, args.seed)
     if len(batches) < args.accum_iter:
+        remedy = "--batch_size" if args.accum_iter == 1 else "one of them"
         raise ValueError(
             f"{len(dataset)} training images give {len(batches)} batches per epoch (--batch_size "
-            f"{args.batch_size}, {batches.world_size} processes), fewer than --accum_iter "
-            f"{args.accum_iter}, so the weights would never change; lower one of them."
+            f"{args.batch_size} on each of {batches.world_size} ranks), fewer than --accum_iter "
+            f"{args.accum_iter}, so the weights would never change; lower {remedy}."
         )
     return build_loader(dataset, batches, args)
 
