@@ -43,95 +43,105 @@ def get_args_parser() -> argparse.ArgumentParser:
         "main_finetune.py", description=__doc__, parents=[shared_parser()]
     )
     parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, keep_every=0)
+    for add_flags in (
+        add_model_flags,
+        add_optim_flags,
+        add_augment_flags,
+        add_evaluation_flags,
+        add_probe_flags,
+    ):
+        add_flags(parser)
+    parser.set_defaults(global_pool=True)
+    return parser
 
-    model = parser.add_argument_group("classifier")
-    model.add_argument("--model", default="vit_large_patch16", help="name in models_vit.py")
-    model.add_argument(
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("classifier")
+    group.add_argument("--model", default="vit_large_patch16", help="name in models_vit.py")
+    group.add_argument(
         "--nb_classes", type=int, help="number of classes (default: as many as the data has)"
     )
-    model.add_argument(
+    group.add_argument(
         "--drop_path",
         type=float,
         default=0.1,
         help="stochastic depth of the last block (default: 0.1)",
     )
-    model.add_argument(
+    group.add_argument(
         "--global_pool", action="store_true", help="classify the mean of the patches (the default)"
     )
-    model.add_argument(
+    group.add_argument(
         "--cls_token", action="store_false", dest="global_pool", help="classify the class token"
     )
-    model.add_argument(
+    group.add_argument(
         "--finetune",
         default="",
         help="pre-trained checkpoint to start from: a file, an https or hf:// address",
     )
 
-    optim = parser.add_argument_group("fine-tuning rate")
-    optim.add_argument(
+
+def add_optim_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fine-tuning rate")
+    group.add_argument(
         "--layer_decay",
         type=float,
         default=0.75,
         help="factor per layer on the rate (default: 0.75)",
     )
 
-    augment = parser.add_argument_group("augmentation")
-    augment.add_argument(
+
+def add_augment_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
         "--color_jitter", type=float, help="strength of colour jitter; used with an empty --aa"
     )
-    augment.add_argument(
+    group.add_argument(
         "--aa",
         default="rand-m9-mstd0.5-inc1",
         help="timm's auto-augment policy, '' for none (default: rand-m9-mstd0.5-inc1)",
     )
-    augment.add_argument("--smoothing", type=float, default=0.1, help="of labels (default: 0.1)")
-    augment.add_argument(
+    group.add_argument("--smoothing", type=float, default=0.1, help="of labels (default: 0.1)")
+    group.add_argument(
         "--reprob", type=float, default=0.25, help="probability of random erasing (default: 0.25)"
     )
-    augment.add_argument(
-        "--remode", default="pixel", help="fill of random erasing (default: pixel)"
-    )
-    augment.add_argument("--recount", type=int, default=1, help="erased areas (default: 1)")
-    augment.add_argument(
-        "--resplit", action="store_true", help="no effect: kept for older commands"
-    )
-    augment.add_argument("--mixup", type=float, default=0, help="alpha of mixup (default: 0, off)")
-    augment.add_argument(
-        "--cutmix", type=float, default=0, help="alpha of cutmix (default: 0, off)"
-    )
-    augment.add_argument(
+    group.add_argument("--remode", default="pixel", help="fill of random erasing (default: pixel)")
+    group.add_argument("--recount", type=int, default=1, help="erased areas (default: 1)")
+    group.add_argument("--resplit", action="store_true", help="no effect: kept for older commands")
+    group.add_argument("--mixup", type=float, default=0, help="alpha of mixup (default: 0, off)")
+    group.add_argument("--cutmix", type=float, default=0, help="alpha of cutmix (default: 0, off)")
+    group.add_argument(
         "--cutmix_minmax",
         type=float,
         nargs="+",
         help="least and largest share cut, instead of --cutmix",
     )
-    augment.add_argument(
+    group.add_argument(
         "--mixup_prob", type=float, default=1.0, help="share of batches mixed (default: 1)"
     )
-    augment.add_argument(
+    group.add_argument(
         "--mixup_switch_prob",
         type=float,
         default=0.5,
         help="share of cutmix where both are on (default: 0.5)",
     )
-    augment.add_argument(
+    group.add_argument(
         "--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="(default: batch)"
     )
 
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument(
-        "--eval", action="store_true", help="only evaluate the --resume checkpoint"
-    )
-    evaluation.add_argument(
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval", action="store_true", help="only evaluate the --resume checkpoint")
+    group.add_argument(
         "--dist_eval", action="store_true", help="split the validation set over the processes"
     )
-    evaluation.add_argument(
+    group.add_argument(
         "--report",
         default="",
         metavar="FOLDER",
         help="with --eval: per-class accuracy and confusion matrix as CSV and PNG files",
     )
-    evaluation.add_argument(
+    group.add_argument(
         "--predict",
         default="",
         metavar="FOLDER",
@@ -139,16 +149,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         "writes predictions.csv to the output folder",
     )
 
-    probe = parser.add_argument_group("linear probe")
-    probe.add_argument(
+
+def add_probe_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("linear probe")
+    group.add_argument(
         "--linear_probe",
         action="store_true",
         help="train a linear classifier on the frozen encoder of --finetune, with MAE's recipe as "
         "defaults: LARS, blr 0.1, no weight decay, 90 epochs, warm-up 10, crop and flip only, "
         "class token",
     )
-    parser.set_defaults(global_pool=True)
-    return parser
 
 
 LINEAR_PROBE = dict(  # arXiv 2111.06377, appendix A.1, with a batch of 16384

@@ -30,22 +30,34 @@ def get_args_parser() -> argparse.ArgumentParser:
         "main_pretrain.py", description=__doc__, parents=[shared_parser()]
     )
     parser.set_defaults(epochs=400, min_lr=0.0, warmup_epochs=40, keep_every=200)
+    for add_flags in (
+        add_model_flags,
+        add_masking_flags,
+        add_optim_flags,
+        add_data_flags,
+        add_seeing_flags,
+        add_launch_flags,
+    ):
+        add_flags(parser)
+    return parser
 
-    model = parser.add_argument_group("pre-training model")
-    model.add_argument(
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pre-training model")
+    group.add_argument(
         "--model", default="mae_vit_large_patch16", help="name in models_cross.py or models_mae.py"
     )
-    model.add_argument(
+    group.add_argument(
         "--cross_mae", action="store_true", help="CrossMAE; without it, the MAE baseline"
     )
-    model.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (default: 8)")
-    model.add_argument("--decoder_embed_dim", type=int, help="decoder width (default: the model's)")
-    model.add_argument(
+    group.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (default: 8)")
+    group.add_argument("--decoder_embed_dim", type=int, help="decoder width (default: the model's)")
+    group.add_argument(
         "--weight_fm",
         action="store_true",
         help="CrossMAE: every decoder block reads its own learned mix of encoder feature maps",
     )
-    model.add_argument(
+    group.add_argument(
         "--use_fm",
         type=int,
         nargs="+",
@@ -56,42 +68,48 @@ def get_args_parser() -> argparse.ArgumentParser:
             "(default: -1)"
         ),
     )
-    model.add_argument(
+    group.add_argument(
         "--use_input", action="store_true", help="CrossMAE: also mix in the encoder's input tokens"
     )
-    model.add_argument(
+    group.add_argument(
         "--self_attn", action="store_true", help="CrossMAE: self-attention in every decoder block"
     )
-
-    masking = parser.add_argument_group("masking and loss")
-    masking.add_argument(
-        "--mask_ratio", type=float, default=0.75, help="share of patches hidden (default: 0.75)"
-    )
-    masking.add_argument(
-        "--kept_mask_ratio",
-        type=float,
-        default=0.75,
-        help="share of all patches that CrossMAE predicts, at most --mask_ratio (default: 0.75)",
-    )
-    masking.add_argument(
-        "--norm_pix_loss", action="store_true", help="predict pixels normalised within each patch"
-    )
-    model.add_argument(
+    group.add_argument(
         "--init_from",
         default="",
         help="start from these weights (file, https or hf:// address), with a fresh optimizer",
     )
 
-    optim = parser.add_argument_group("pre-training rate")
-    optim.add_argument(
+
+def add_masking_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("masking and loss")
+    group.add_argument(
+        "--mask_ratio", type=float, default=0.75, help="share of patches hidden (default: 0.75)"
+    )
+    group.add_argument(
+        "--kept_mask_ratio",
+        type=float,
+        default=0.75,
+        help="share of all patches that CrossMAE predicts, at most --mask_ratio (default: 0.75)",
+    )
+    group.add_argument(
+        "--norm_pix_loss", action="store_true", help="predict pixels normalised within each patch"
+    )
+
+
+def add_optim_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pre-training rate")
+    group.add_argument(
         "--inverse_lr",
         action="store_true",
         help="scale the rate by mask/kept instead of kept/mask ratio",
     )
-    optim.add_argument("--no_lr_scale", action="store_true", help="do not scale the rate by ratios")
+    group.add_argument("--no_lr_scale", action="store_true", help="do not scale the rate by ratios")
 
-    data = parser.add_argument_group("pre-training data")
-    data.add_argument(
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pre-training data")
+    group.add_argument(
         "--loader",
         choices=["fast", "pillow"],
         default="fast",
@@ -101,8 +119,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         ),
     )
 
-    seeing = parser.add_argument_group("pictures of the run")
-    seeing.add_argument(
+
+def add_seeing_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pictures of the run")
+    group.add_argument(
         "--log_images",
         type=int,
         default=0,
@@ -111,13 +131,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         "on TensorBoard, about 20 times in a run (default: 0)",
     )
 
-    launch = parser.add_argument_group("pre-training, distributed")
-    launch.add_argument(
+
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pre-training, distributed")
+    group.add_argument(
         "--find_unused_parameters",
         action="store_true",
         help="passed to DDP; set by itself where --use_fm leaves blocks unread",
     )
-    return parser
 
 
 def check_args(args) -> None:

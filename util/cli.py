@@ -22,9 +22,21 @@ NOT_NEGATIVE = (
 def shared_parser() -> argparse.ArgumentParser:
     """Parser to be used in `parents=[...]`; defaults are set by each script."""
     parser = argparse.ArgumentParser(add_help=False)
+    for add_flags in (
+        add_model_flags,
+        add_optim_flags,
+        add_data_flags,
+        add_run_flags,
+        add_launch_flags,
+    ):
+        add_flags(parser)
+    parser.set_defaults(pin_mem=True)
+    return parser
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
         "--input_size",
         type=int,
         nargs="+",
@@ -33,9 +45,9 @@ def shared_parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="side of the input crop, or its height and width (default: 224)",
     )
-    model.add_argument("--patch_size", type=int, help="patch side in pixels (default: the model's)")
-    model.add_argument("--in_chans", type=int, default=3, help="channels of a picture (default: 3)")
-    model.add_argument(
+    group.add_argument("--patch_size", type=int, help="patch side in pixels (default: the model's)")
+    group.add_argument("--in_chans", type=int, default=3, help="channels of a picture (default: 3)")
+    group.add_argument(
         "--enable_flash_attention2",
         action="store_true",
         help=(
@@ -43,41 +55,43 @@ def shared_parser() -> argparse.ArgumentParser:
             "kernel"
         ),
     )
-    model.add_argument(
+    group.add_argument(
         "--grad_checkpointing",
         action="store_true",
         help="keep only block inputs and run every block again in backward: less memory, slower",
     )
-    model.add_argument(
+    group.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile every transformer block; the first step then takes minutes",
     )
 
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument(
+
+def add_optim_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
         "--batch_size",
         type=int,
         default=64,
         help="images per process and forward pass; effective batch = this x accum_iter x processes "
         "(default: 64)",
     )
-    optim.add_argument(
+    group.add_argument(
         "--accum_iter", type=int, default=1, help="forward passes per update (default: 1)"
     )
-    optim.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW (default: 0.05)")
-    optim.add_argument("--clip_grad", type=float, help="largest gradient norm (default: no limit)")
-    optim.add_argument(
+    group.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW (default: 0.05)")
+    group.add_argument("--clip_grad", type=float, help="largest gradient norm (default: no limit)")
+    group.add_argument(
         "--lr", type=float, help="peak learning rate, instead of --blr and its scaling"
     )
-    optim.add_argument(
+    group.add_argument(
         "--blr", type=float, default=1e-3, help="peak learning rate per 256 images (default: 1e-3)"
     )
-    optim.add_argument("--min_lr", type=float, help="where the cosine ends (default: %(default)s)")
-    optim.add_argument(
+    group.add_argument("--min_lr", type=float, help="where the cosine ends (default: %(default)s)")
+    group.add_argument(
         "--warmup_epochs", type=int, help="linear rise from 0 (default: %(default)s epochs)"
     )
-    optim.add_argument(
+    group.add_argument(
         "--amp",
         choices=["auto", "bf16", "fp16", "off"],
         default="auto",
@@ -86,7 +100,7 @@ def shared_parser() -> argparse.ArgumentParser:
             "auto)"
         ),
     )
-    optim.add_argument(
+    group.add_argument(
         "--skip_nonfinite",
         type=int,
         default=0,
@@ -95,118 +109,122 @@ def shared_parser() -> argparse.ArgumentParser:
         "(default: 0, stop at the first)",
     )
 
-    data = parser.add_argument_group("data")
-    data.add_argument(
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--data_path",
         default="/datasets01/imagenet_full_size/061417/",
         help="folder with train/ and val/, each with one folder per class; pre-training takes any "
         "folder of pictures, a text file that lists them, or tar files (NAME-{0000..0003}.tar or "
         "their folder)",
     )
-    data.add_argument(
+    group.add_argument(
         "--skip_bad_images",
         action="store_true",
         help="in training, put the next picture in place of one that cannot be read, and count "
         "them (default: stop and name it)",
     )
-    data.add_argument(
+    group.add_argument(
         "--mean",
         type=float,
         nargs="+",
         metavar="M",
         help="channel means of pictures in 0..1 (default: ImageNet's; 0.5 unless 3 channels)",
     )
-    data.add_argument(
+    group.add_argument(
         "--std",
         type=float,
         nargs="+",
         metavar="S",
         help="channel deviations (default: ImageNet's; 0.5 unless 3 channels)",
     )
-    data.add_argument(
+    group.add_argument(
         "--num_workers", type=int, default=10, help="loader processes per process (default: 10)"
     )
-    data.add_argument(
+    group.add_argument(
         "--prefetch",
         type=int,
         default=2,
         help="batches that each loader process holds ready (default: 2)",
     )
-    data.add_argument("--pin_mem", action="store_true", help="pinned host memory (the default)")
-    data.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable memory")
-    data.add_argument(
+    group.add_argument("--pin_mem", action="store_true", help="pinned host memory (the default)")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable memory")
+    group.add_argument(
         "--multi_epochs_dataloader",
         action="store_true",
         help="no effect: loader processes always live on between epochs; kept for older commands",
     )
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--epochs", type=int, help="length of the run (default: %(default)s)")
-    run.add_argument(
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--epochs", type=int, help="length of the run (default: %(default)s)")
+    group.add_argument(
         "--output_dir",
         default="./output_dir",
         help=(
             "checkpoints, log.txt and TensorBoard files; '' writes nothing (default: ./output_dir)"
         ),
     )
-    run.add_argument("--log_dir", help="TensorBoard folder (default: output_dir)")
-    run.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    run.add_argument("--seed", type=int, default=0, help="rank is added to it (default: 0)")
-    run.add_argument(
+    group.add_argument("--log_dir", help="TensorBoard folder (default: output_dir)")
+    group.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    group.add_argument("--seed", type=int, default=0, help="rank is added to it (default: 0)")
+    group.add_argument(
         "--resume",
         default="",
         help="checkpoint to go on from: a file, an https or hf:// address, or `auto` for the "
         "newest complete one in the output folder",
     )
-    run.add_argument(
+    group.add_argument(
         "--save_every", type=int, default=1, help="epochs between checkpoint.pth (default: 1)"
     )
-    run.add_argument(
+    group.add_argument(
         "--save_every_minutes",
         type=float,
         default=0,
         help="also save inside an epoch, this often (default: 0, only at its end)",
     )
-    run.add_argument(
+    group.add_argument(
         "--keep_every",
         type=int,
         help="epochs between checkpoint-EPOCH.pth files that stay; 0: none (default: %(default)s)",
     )
-    run.add_argument(
+    group.add_argument(
         "--keep_last",
         type=int,
         default=0,
         help="how many checkpoint-EPOCH.pth files stay; 0: all (default: 0)",
     )
-    run.add_argument(
+    group.add_argument(
         "--start_epoch", type=int, default=0, help="number of the first epoch (default: 0)"
     )
 
-    launch = parser.add_argument_group("distributed")
-    launch.add_argument(
+
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("distributed")
+    group.add_argument(
         "--world_size", type=int, default=1, help="no effect: the launcher says how many there are"
     )
-    launch.add_argument(
+    group.add_argument(
         "--local_rank",
         "--local-rank",
         type=int,
         default=-1,
         help="no effect: kept for older launchers",
     )
-    launch.add_argument(
+    group.add_argument(
         "--dist_on_itp", action="store_true", help="read ranks from Open MPI's variables"
     )
-    launch.add_argument(
+    group.add_argument(
         "--dist_url", default="env://", help="where processes meet (default: env://)"
     )
-    launch.add_argument(
+    group.add_argument(
         "--dist_timeout",
         type=int,
         default=1800,
         help="seconds a process waits for another (default: 1800)",
     )
-    parser.set_defaults(pin_mem=True)
-    return parser
 
 
 class SizeAction(argparse.Action):
