@@ -30,9 +30,9 @@ from util.optim import (
     build_lars,
     choose_amp_dtype,
 )
+from util.patches import as_size
 from util.report import count_confusion, name_classes, predict_files, write_report
 from util.state import RunState
-from util.vit import as_size
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,12 @@ def add_augment_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reprob", type=float, default=0.25, help="probability of random erasing (default: 0.25)"
     )
-    group.add_argument("--remode", default="pixel", help="fill of random erasing (default: pixel)")
+    group.add_argument(
+        "--remode",
+        choices=["const", "rand", "pixel"],
+        default="pixel",
+        help="fill of random erasing (default: pixel)",
+    )
     group.add_argument("--recount", type=int, default=1, help="erased areas (default: 1)")
     group.add_argument("--resplit", action="store_true", help="no effect: kept for older commands")
     group.add_argument("--mixup", type=float, default=0, help="alpha of mixup (default: 0, off)")
@@ -243,6 +248,7 @@ def check_augmentation(args) -> None:
     if args.in_chans != 3:
         if args.aa == "rand-m9-mstd0.5-inc1":
             args.aa = ""
+            logger.info("Without --aa: it works on 3 channels")
         if args.aa or args.color_jitter:
             raise ValueError(
                 "--aa and --color_jitter work on 3 channels; leave them out (--aa '')."
@@ -307,7 +313,7 @@ def main(args) -> None:
     train_set, val_set = build_dataset(True, args), build_dataset(False, args)
     train_loader = build_train_loader(train_set, args)
     val_loader = build_eval_loader(val_set, args, args.dist_eval)
-    state.class_names = train_set.classes
+    state.take_data(train_set)
     data_text = (
         f"{len(train_set)} training and {len(val_set)} validation images of {args.nb_classes} "
         f"classes in {args.data_path}, {len(train_loader)} batches per epoch"

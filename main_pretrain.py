@@ -161,6 +161,8 @@ def check_args(args) -> None:
             "public code; set it to --mask_ratio, or give --no_lr_scale",
             args.kept_mask_ratio,
         )
+    if args.log_images and not (args.output_dir or args.log_dir):
+        raise ValueError("--log_images draws on TensorBoard: give --output_dir or --log_dir.")
     if args.decoder_depth < 1:
         raise ValueError(f"--decoder_depth is {args.decoder_depth}; it must be at least 1.")
     if not args.cross_mae:
@@ -206,7 +208,7 @@ def main(args) -> None:
     if args.resume:
         state.resume()
 
-    state.class_names = dataset.classes
+    state.take_data(dataset)
     data_text = f"{len(dataset)} images {dataset.origin}, {len(loader)} batches per epoch"
     run.report_start(args, model, lr_text, attend.name, data_text)
     if args.compile:

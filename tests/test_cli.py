@@ -17,7 +17,7 @@ OTHER_DEFAULTS = {
 }
 SAMPLES = {"int": "3", "float": "0.25", "str": "text"}
 TYPES = {"int": int, "float": float, "str": str}
-CHOICES = {"mixup_mode": "pair"}  # flags that take certain words only
+CHOICES = {"mixup_mode": "pair", "remode": "const"}  # flags that take certain words only
 
 
 def parser_of(main: str):

@@ -139,6 +139,10 @@ WRONG = {
     "--warmup_epochs is -5": [main_pretrain, *PRETRAIN, "--warmup_epochs", "-5"],
     "--patch_size is 0": [main_pretrain, *PRETRAIN, "--patch_size", "0"],
     "--layer_decay is 7.0": [main_finetune, *FINETUNE, "--layer_decay", "7"],
+    "--seed is -1": [main_pretrain, *PRETRAIN, "--seed", "-1"],
+    "--input_size is 0": [main_pretrain, *PRETRAIN, "--input_size", "0"],
+    "--log_images draws on": [main_pretrain, *PRETRAIN, "--log_images", "2", "--output_dir", ""],
+    "Not started by mpirun": [main_pretrain, *PRETRAIN, "--dist_on_itp"],
     "--aa foo is no policy": [main_finetune, *FINETUNE, "--aa", "foo"],
     "give one of them": [main_finetune, *FINETUNE, "--eval", "--predict", "x", "--resume", "y"],
 }

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UTIL_LAYERS = [
     {"attention", "masking", "patches", "pos_embed", "lr_sched", "lr_decay", "optim", "cli"}
     | {"distributed", "download", "images", "pictures", "recompute", "signals", "textbook"}
-    | {"files"},
+    | {"files", "errors"},
     {"blocks", "metrics", "checkpoint", "datasets", "loaders", "run", "state", "train_log"}
     | {"views", "shards"},
     {"vit", "compile", "evaluation", "report", "decoder_attention", "board"},

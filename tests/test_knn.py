@@ -92,8 +92,10 @@ def test_a_class_without_a_vote_is_no_guess():
 def test_too_many_neighbours(caplog):
     assert knn.choose_ks([100, 5, 1, 5], 20) == [1, 5]
     assert "Left out k = 100: there are 20 training pictures" in caplog.text
-    with pytest.raises(ValueError, match="--k 0 30 does not fit 20 training pictures"):
-        knn.choose_ks([0, 30], 20)
+    with pytest.raises(ValueError, match="--k 25 30 does not fit 20 training pictures"):
+        knn.choose_ks([25, 30], 20)
+    with pytest.raises(ValueError, match="--k holds 0"):
+        knn.choose_ks([0, 3], 20)
 
 
 def write_data(folder: Path, splits: dict[str, list[str]], count: int = 4) -> None:

@@ -1,11 +1,14 @@
 """Going on after a kill equals never having stopped: later losses and weights, to the bit."""
 
 import signal
+from argparse import Namespace
 
 import pytest
+import torch
 from processes import OFTEN, STEPS, read_steps, undisturbed, wait_until
 
 from util.checkpoint import read_checkpoint
+from util.state import RunState, get_random_state
 
 CASES = {  # script, processes, loader processes of the run that is killed
     "pretrain": ("main_pretrain", 1, 0),
@@ -114,3 +117,24 @@ def test_first_start_says_so(tmp_path):
     assert run.wait() == 0
     assert "Passed over" in run.text() and "starting fresh" in run.text()
     case.check(tmp_path)
+
+
+def test_a_position_in_other_data_means_nothing(tiny_cross, caplog):
+    """Within an epoch the run goes on in the same pictures only; else the epoch starts over."""
+    args = Namespace(start_epoch=2, batch_size=2, accum_iter=1, seed=0, world_size=1)
+    for num_images, iteration in ((8, 3), (9, 0)):
+        state = RunState(args, tiny_cross(), None, None)
+        position = dict(iteration=3, meters={"loss": [1.0, 3]}, best=None, num_images=8)
+        layout = dict(batch_size=2, accum_iter=1, seed=0, world_size=1)
+        state.take_position(position | layout | {"random": [get_random_state(torch.device("cpu"))]})
+        state.take_data(Pictures(range(num_images)))
+        assert (state.iteration, bool(state.meters)) == (iteration, iteration > 0)
+    assert (
+        "The data set has 9 images and had 8: epoch 2, which was begun, starts over" in caplog.text
+    )
+
+
+class Pictures(list):
+    """As many pictures, of no class."""
+
+    classes = ()

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from processes import (
@@ -17,6 +20,7 @@ from processes import (
 from util.checkpoint import read_checkpoint
 from util.signals import EXIT_INTERRUPTED
 
+ROOT = Path(__file__).resolve().parent.parent
 SLOW = {"delay": 0.3}  # seconds per step, so that a signal arrives between two of them
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -109,3 +113,26 @@ def test_torchrun(number, tmp_path):
     assert launcher.returncode != 0
     saved = read_checkpoint(tmp_path / "checkpoint.pth")
     assert len(saved["state"]["random"]) == 2
+
+
+def test_outside_of_training_the_first_signal_ends(tmp_path):
+    """A tool is not trained: Ctrl-C ends it at once, in one sentence, and its file is not left."""
+    code = (
+        "import time\n"
+        "from pathlib import Path\n"
+        "from util import run\n"
+        "from util.files import whole_file\n"
+        "def main(out):\n"
+        "    with whole_file(out):\n"
+        "        Path(out).with_name('ready').touch()\n"
+        "        time.sleep(60)\n"
+        f"run.run(main, {str(tmp_path / 'out.npz')!r})\n"
+    )
+    tool = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    wait_until((tmp_path / "ready").exists)
+    tool.send_signal(signal.SIGINT)
+    out, _ = tool.communicate(timeout=30)
+    assert tool.returncode == 130 and out.splitlines()[-1].endswith("Error: interrupted")
+    assert [path.name for path in tmp_path.iterdir()] == ["ready"]

@@ -37,8 +37,10 @@ import models_mae
 import models_vit
 from util import run
 from util.attention import get_attend
+from util.build import find_factory
 from util.checkpoint import write_checkpoint
 from util.cli import IMAGENET_MEAN, IMAGENET_STD
+from util.compile import compile_blocks
 from util.datasets import FastPretrainTransform, build_pretrain_transform, seeded
 from util.distributed import choose_device
 from util.images import find_images, normalize, open_image, read_image
@@ -189,7 +191,7 @@ def build_model(args, attend) -> nn.Module:
     """The pre-training model that is measured."""
     module = models_mae if args.mae else models_cross
     options = {} if args.mae else dict(weight_fm=True, use_input=True)
-    return getattr(module, args.model)(
+    return find_factory(module, "mae_vit_", args.model)(
         img_size=args.input_size,
         decoder_depth=args.decoder_depth,
         norm_pix_loss=True,
@@ -268,8 +270,6 @@ def compile_blocks_of(model: nn.Module, args, device: torch.device) -> float | N
     """Compile the blocks if asked to; returns the seconds that the first step then takes."""
     if not args.compile:
         return None
-    from util.compile import compile_blocks
-
     compile_blocks(model)
     start = time.perf_counter()
     size = args.input_size
@@ -339,7 +339,9 @@ def measure_eval(args, device: torch.device, clock: Clock) -> dict:
     name = args.model.removeprefix("mae_")
     amp_dtype = choose_amp_dtype(args.amp, device)
     attend = get_attend(args.enable_flash_attention2, device, amp_dtype)
-    ours = getattr(models_vit, name)(img_size=args.input_size, global_pool=True, attend=attend)
+    ours = find_factory(models_vit, "vit_", name)(
+        img_size=args.input_size, global_pool=True, attend=attend
+    )
     stock = timm.models.VisionTransformer(
         img_size=args.input_size,
         patch_size=ours.patch_embed.patch_size,
@@ -367,8 +369,8 @@ def measure_eval(args, device: torch.device, clock: Clock) -> dict:
 
 
 def measure_save(args, device: torch.device, clock: Clock) -> dict:
-    """Seconds to write model and optimizer to a temporary folder."""
-    model = build_model(args, None)
+    """Seconds to write model and optimizer, in the working folder: /tmp may be memory."""
+    model = build_model(args, None).to(device)
     optimizer = build_adamw(param_groups_weight_decay(model, 0.05), 1e-4, (0.9, 0.95))
     for p in model.parameters():
         if p.requires_grad:
@@ -389,6 +391,8 @@ def measure_save(args, device: torch.device, clock: Clock) -> dict:
 
 def main(args) -> dict:
     """Measure, print a table, and with --json one object on the last line."""
+    if args.compile and args.what != "step":
+        raise ValueError(f"--compile is measured by --what step, not by --what {args.what}.")
     device = choose_device(args.device, 0)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from util.download import fetch
+from util.errors import one_line
 from util.files import link_or_copy, room_left, sync_folder
 from util.pos_embed import interpolate_pos_embed
 
@@ -38,7 +39,7 @@ class CheckpointError(ValueError):
     """A checkpoint file is damaged, hostile, or not of the kind that is needed."""
 
 
-def read_checkpoint(source: str | Path, sha256: str | None = None) -> dict:
+def read_checkpoint(source: str | Path) -> dict:
     """Read a checkpoint from a file or an https or hf:// address, without running anything in it.
 
     Tensors, containers, numbers and strings are accepted, and argparse.Namespace with such values
@@ -48,7 +49,7 @@ def read_checkpoint(source: str | Path, sha256: str | None = None) -> dict:
     Raises:
         CheckpointError: the file is missing, damaged, no checkpoint, or holds anything else.
     """
-    path = Path(fetch(str(source), sha256))
+    path = Path(fetch(str(source)))
     if path.is_dir() or not path.exists():
         raise CheckpointError(f"There is no checkpoint file {path}; check the path.")
     size = path.stat().st_size
@@ -126,10 +127,6 @@ def explain_refusal(path: Path, size: int, error: Exception) -> str:
         f"{path} is refused: it asks for code to be run ({names or one_line(error)}), which a "
         "file of weights never needs; get it from a source you trust and save its weights alone."
     )
-
-
-def one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def plain_args(path: Path, args) -> dict:
@@ -300,7 +297,9 @@ def differing_flags(args, trained: dict) -> str:
         )
         if name not in trained or not hasattr(args, name) or theirs == ours:
             continue
-        if isinstance(theirs, bool):
+        if name == "global_pool":
+            found.append("--global_pool" if theirs else "--cls_token")
+        elif theirs is None or isinstance(theirs, bool):
             found.append(f"--{name}" if theirs else f"no --{name}")
         else:
             values = theirs if isinstance(theirs, list) else [theirs]
@@ -376,15 +375,20 @@ def save_model(
     write_checkpoint(checkpoint, folder / name, [folder / link for link in links])
 
 
-def load_model(args, model_without_ddp, optimizer=None, loss_scaler=None) -> dict:
+def load_model(
+    args, model_without_ddp, optimizer=None, loss_scaler=None, checkpoint: dict | None = None
+) -> dict:
     """Go on from args.resume: weights, and with an optimizer also its state, scaler and epoch.
 
     Sets args.start_epoch to the epoch after the last finished one. Returns the checkpoint.
 
+    Args:
+        checkpoint: what the file holds, where it was read before.
+
     Raises:
         CheckpointError: the file cannot be read or fits another model.
     """
-    checkpoint = read_checkpoint(args.resume)
+    checkpoint = checkpoint or read_checkpoint(args.resume)
     trained_with = differing_flags(args, checkpoint.get("args", {}))
     load_strict(model_without_ddp, weights_of(checkpoint, args.resume), args.resume, trained_with)
     logger.info("Resume checkpoint %s", args.resume)

@@ -8,6 +8,8 @@ import argparse
 import os
 from pathlib import Path
 
+from util.patches import as_size
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 AT_LEAST_ONE = (
@@ -15,7 +17,7 @@ AT_LEAST_ONE = (
 )
 NOT_NEGATIVE = (
     "num_workers start_epoch skip_nonfinite save_every_minutes keep_every keep_last "
-    "weight_decay warmup_epochs lr blr min_lr clip_grad".split()
+    "weight_decay warmup_epochs lr blr min_lr clip_grad seed log_images".split()
 )
 
 
@@ -249,6 +251,8 @@ def check_shared(args: argparse.Namespace) -> None:
     for name in NOT_NEGATIVE:
         if not given.get(name, 0) >= 0:  # nan neither
             raise ValueError(f"--{name} is {given[name]}; it must not be negative.")
+    if min(as_size(args.input_size)) < 1:
+        raise ValueError(f"--input_size is {args.input_size}; it must be at least 1.")
     if not args.data_path:
         raise ValueError("--data_path is empty (an unset variable?); name the data's folder.")
     if args.compile and args.grad_checkpointing:
@@ -296,7 +300,10 @@ def prepare_output(args: argparse.Namespace) -> None:
     """
     if args.log_dir is None:
         args.log_dir = args.output_dir
-    for folder in {args.output_dir, args.log_dir} - {"", None}:
+    for flag in ("output_dir", "log_dir"):
+        folder = getattr(args, flag)
+        if not folder:
+            continue
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             probe = Path(folder, f".writable.{os.getpid()}")
@@ -305,5 +312,5 @@ def prepare_output(args: argparse.Namespace) -> None:
         except OSError as error:
             raise ValueError(
                 f"Cannot write to the output folder {folder} ({error.strerror}); "
-                "choose another --output_dir."
+                f"choose another --{flag}."
             ) from error

@@ -13,7 +13,6 @@ Letters: C channels, H height, W width.
 
 import argparse
 import logging
-import os
 import shlex
 import statistics
 from collections import Counter
@@ -36,6 +35,8 @@ from util.images import (
     BadImage,
     as_file,
     is_array,
+    is_folder,
+    list_folder,
     naming,
     read_image,
     reason_of,
@@ -173,7 +174,7 @@ def count_classes(folder: Path, paths: list[str]) -> Counter:
     tops = [Path(path).relative_to(folder).parts for path in paths]
     if any(len(parts) == 1 for parts in tops):
         return Counter()
-    counts = Counter({e.name: 0 for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."})
+    counts = Counter({e.name: 0 for e in list_folder(folder) if is_folder(e)})
     counts.update(parts[0] for parts in tops)
     return counts
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from util.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 LOST_PEER = (  # what gloo says when a process does not answer
@@ -61,7 +63,7 @@ def init_distributed_mode(args) -> None:
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         raise OSError(
             f"Rank {args.rank} of {args.world_size} could not join the others at {where} within "
-            f"{args.dist_timeout} s ({str(error).splitlines()[0]}); check that every process is "
+            f"{args.dist_timeout} s ({one_line(error)}); check that every process is "
             "running, that address and port are reachable, and that the port is free "
             "(another --master_port)."
         ) from error
@@ -93,15 +95,23 @@ def explain_lost_peer(error: Exception) -> str | None:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return (
         f"Rank {get_rank()} of {get_world_size()} (group at {where}) lost the others "
-        f"({text.splitlines()[0][-160:]}): a process ended, hung for longer than --dist_timeout, "
+        f"({one_line(error)[-160:]}): a process ended, hung for longer than --dist_timeout, "
         "or the network is down; see what the other ranks say. --resume auto goes on from the last "
         "checkpoint."
     )
 
 
 def read_launcher(env, dist_on_itp: bool) -> tuple[int, int, int]:
-    """(rank, world size, local rank) from the environment; (0, 1, 0) for one process on its own."""
+    """(rank, world size, local rank) from the environment; (0, 1, 0) for one process on its own.
+
+    Open MPI's address and port are put into `env`, where they are not set.
+
+    Raises:
+        ValueError: the launcher's variables are not all there.
+    """
     if dist_on_itp:
+        if "OMPI_COMM_WORLD_RANK" not in env:
+            raise ValueError("Not started by mpirun: leave out --dist_on_itp, or use mpirun.")
         rank, size, local = (
             int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE", "LOCAL_RANK")
         )

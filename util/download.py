@@ -13,6 +13,8 @@ from urllib.parse import urldefrag, urlparse
 import torch
 from tqdm import tqdm
 
+from util.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # torch's custom: name-0a1b2c3d.pth
@@ -28,14 +30,12 @@ class HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def fetch(source: str, sha256: str | None = None) -> str:
+def fetch(source: str) -> str:
     """Path of a local copy; a plain path comes back as it is.
 
-    The hash may also stand in the address: https://host/file.pth#sha256=..., or in the file's name
-    as torch's own files have it. It may be the beginning of the whole one.
-
-    Args:
-        sha256: what the file's hash must begin with, or None.
+    A hash, or its beginning, may stand behind the address (https://host/file.pth#sha256=...,
+    hf://owner/repository/file.pth#sha256=...), or in the file's name as torch's own files have it;
+    it is compared then.
 
     Raises:
         ValueError: the address is neither https nor hf, the file could not be had, or its hash is
@@ -43,15 +43,18 @@ def fetch(source: str, sha256: str | None = None) -> str:
     """
     if "://" not in source:
         return source
+    address, fragment = urldefrag(source)
+    name = Path(urlparse(address).path).name or "file"
+    wanted = fragment.removeprefix("sha256=") or hash_in(name)
     if source.startswith("hf://"):
-        return fetch_from_hub(source)
+        path = fetch_from_hub(address)
+        if wanted:
+            check_hash(address, file_hash(Path(path)), wanted)
+        return path
     if not source.startswith("https://"):
         raise ValueError(
             f"{source}: only https:// and hf:// addresses are read; download it yourself."
         )
-    address, fragment = urldefrag(source)
-    name = Path(urlparse(address).path).name or "file"
-    wanted = sha256 or fragment.removeprefix("sha256=") or hash_in(name)
     key = hashlib.sha256(address.encode()).hexdigest()[:12]  # names repeat, addresses do not
     cached = Path(torch.hub.get_dir(), "checkpoints", f"{key}-{name}")
     if not cached.exists():
@@ -123,5 +126,6 @@ def fetch_from_hub(source: str) -> str:
     try:
         return hf_hub_download(f"{owner}/{repository}", "/".join(path).rstrip("/"))
     except Exception as error:  # the hub's errors have no common ancestor
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"Could not get {source} ({reason}); check name and network.") from error
+        raise ValueError(
+            f"Could not get {source} ({one_line(error)}); check name and network."
+        ) from error

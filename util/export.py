@@ -31,7 +31,8 @@ from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, 
 from util.checkpoint import ENCODER_PARTS
 from util.datasets import CROP_SHARE
 from util.files import whole_file
-from util.vit import BASE, HUGE, LARGE, SMALL, as_size
+from util.patches import as_size
+from util.vit import BASE, HUGE, LARGE, SMALL
 
 logger = logging.getLogger(__name__)
 

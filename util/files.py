@@ -28,7 +28,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         yield waiting
         waiting.chmod(mode)
+        with open(waiting, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(waiting, path)
+        sync_folder(path.parent)
     finally:
         waiting.unlink(missing_ok=True)
 

@@ -131,6 +131,8 @@ def choose_ks(ks: list[int], num_train: int) -> list[int]:
     Raises:
         ValueError: there is none.
     """
+    if min(ks) < 1:
+        raise ValueError(f"--k holds {min(ks)}; it must be at least 1.")
     possible = sorted({k for k in ks if 1 <= k <= num_train})
     left_out = sorted(set(ks) - set(possible))
     if not possible:

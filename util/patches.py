@@ -37,3 +37,8 @@ def normalize_patches(patches: Tensor) -> Tensor:
     """Patches (..., pixels) to mean 0 and unbiased variance 1: the target of --norm_pix_loss."""
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean).div_((var + 1e-6).sqrt())
+
+
+def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """224 -> (224, 224); (128, 256) as (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)

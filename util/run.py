@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -21,8 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from util import distributed, signals
+from util.files import write_text
 from util.images import BadImage
 from util.optim import choose_amp_dtype
+from util.patches import as_size
 from util.state import tidy_output
 from util.train_log import NonFiniteLoss
 
@@ -86,11 +89,10 @@ def set_lr(args, scale: float = 1.0, scale_text: str = "") -> str:
 
 def report_start(args, model, lr_text: str, attention: str, data_text: str) -> None:
     """The block a researcher checks before going away."""
-    counts = [
-        sum(p.numel() for p in model.parameters() if p.requires_grad or all) for all in (0, 1)
-    ]
+    num_params = sum(p.numel() for p in model.parameters())
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     effective = args.batch_size * args.accum_iter * args.world_size
-    size = args.input_size if isinstance(args.input_size, tuple) else (args.input_size,) * 2
+    size = as_size(args.input_size)
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     precision = f"{str(amp_dtype).removeprefix('torch.')} autocast" if amp_dtype else "float32"
     where = str(args.device)
@@ -100,8 +102,8 @@ def report_start(args, model, lr_text: str, attention: str, data_text: str) -> N
     else:
         where += f" ({torch.get_num_threads()} threads)"
     lines = {
-        "model": f"{args.model}, {counts[0] / 1e6:.2f} M trainable of {counts[1] / 1e6:.2f} M "
-        f"parameters",
+        "model": f"{args.model}, {num_trainable / 1e6:.2f} M trainable of {num_params / 1e6:.2f} M "
+        "parameters",
         "input": f"{args.in_chans} x {size[0]} x {size[1]}, patch {model.patch_embed.patch_size}, "
         f"{model.patch_embed.num_patches} patches",
         "effective batch": f"{args.batch_size} × {args.accum_iter} accum × {args.world_size} "
@@ -141,7 +143,7 @@ def write_manifest(args, effective_batch: int, start_block: dict[str, str]) -> N
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    Path(args.output_dir, "run.json").write_text(text + "\n", encoding="utf-8")
+    write_text(Path(args.output_dir, "run.json"), text + "\n")
 
 
 def read_commit() -> str | None:
@@ -197,6 +199,7 @@ def log_epoch(args, stats: dict) -> None:
 @contextlib.contextmanager
 def recording(args, state, num_iterations: int):
     """TensorBoard writer (or None) during training; says when it starts and how long it took."""
+    signals.watch()
     if args.rank == 0 and args.output_dir:
         tidy_output(args, state.epoch)
     writer = make_writer(args, int((state.epoch + state.iteration / num_iterations) * 1000))
@@ -223,9 +226,11 @@ def run(main, args) -> None:
     Set CROSSMAE_TRACEBACK=1 to see where it came from.
     """
     start_logging(read_rank())
-    signals.watch()
     try:
         main(args)
+    except KeyboardInterrupt:
+        logger.error("Error: interrupted")
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, BadImage, NonFiniteLoss) as error:
         if os.environ.get("CROSSMAE_TRACEBACK") or not is_meant_for_users(error):
             raise
@@ -243,6 +248,7 @@ def run(main, args) -> None:
         signals.end_workers()
         free_frames(sys.exc_info()[1])
         distributed.close()
+        signals.unwatch()  # last: the other ranks' signals may come while this one ends
 
 
 def free_frames(error: BaseException | None) -> None:
@@ -262,4 +268,7 @@ def is_meant_for_users(error: Exception) -> bool:
     if not isinstance(error, ValueError):
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parents[1]) and ".venv" not in raised_in
+    return (
+        Path(raised_in).is_relative_to(Path(__file__).parents[1])
+        and "site-packages" not in raised_in
+    )

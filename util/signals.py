@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C end a run after the next
-update.
+"""Being asked to stop: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C end training after an update.
 
-The first signal is noted, the second one ends the process at once.
+The first signal is noted, the second one ends the process at once. Outside of training they end it
+at once, as in any program.
 """
 
 import multiprocessing
@@ -11,6 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_INTERRUPTED = 75  # "try again later" of sysexits.h: the run was saved and is not finished
 
 received: list[int] = []
+before: dict[int, object] = {}  # handlers that were there when watching began
 
 
 class Interrupted(SystemExit):
@@ -31,7 +32,14 @@ def watch() -> None:
     """Note stop signals from now on."""
     received.clear()
     for number in STOP_SIGNALS:
-        signal.signal(number, note)
+        before[number] = signal.signal(number, note)
+
+
+def unwatch() -> None:
+    """Leave stop signals to whom they belonged before."""
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    before.clear()
 
 
 def is_stop_asked() -> bool:

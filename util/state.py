@@ -28,9 +28,7 @@ from util.files import write_text
 
 logger = logging.getLogger(__name__)
 
-CHECK_EVERY = (
-    20  # updates between two looks at signals and clock on a GPU, where looking costs a wait
-)
+CHECK_EVERY = 20  # updates between looks at signals and clock; on a GPU each look costs a wait
 LAYOUT = ("world_size", "batch_size", "accum_iter", "seed")  # what the order of images depends on
 POSITION = {*LAYOUT, "iteration", "meters", "best", "random"}  # what a state has
 
@@ -44,6 +42,7 @@ class RunState:
         self.optimizer = optimizer
         self.loss_scaler = loss_scaler
         self.class_names: list[str] = []
+        self.num_images: int | None = None  # of the training data
         self.epoch = args.start_epoch
         self.iteration = 0  # next one inside the epoch
         self.is_first = True  # no epoch was finished by this process
@@ -59,10 +58,13 @@ class RunState:
         Raises:
             CheckpointError: the file cannot be read or fits another model.
         """
+        checkpoint = None
         if self.args.resume == "auto":
-            self.args.resume = find_newest(Path(self.args.output_dir))
+            self.args.resume, checkpoint = find_newest(Path(self.args.output_dir))
         if self.args.resume:
-            checkpoint = load_model(self.args, self.model, self.optimizer, self.loss_scaler)
+            checkpoint = load_model(
+                self.args, self.model, self.optimizer, self.loss_scaler, checkpoint
+            )
             self.epoch = self.args.start_epoch
             self.take_position(checkpoint.get("state"))
             self.last_saved = self.describe(self.args.resume)
@@ -88,12 +90,11 @@ class RunState:
 
     def take_position(self, state: dict | None) -> None:
         """Go on inside the epoch, if images come in the order of the run that wrote the state."""
-        if not isinstance(state, dict) or not {*LAYOUT, "best", "iteration", "random"} <= set(
-            state
-        ):
+        if not isinstance(state, dict) or not POSITION <= state.keys():
             logger.info("The file holds no position and random states; its next epoch starts fresh")
             return
         self.best = state["best"]
+        self.num_images = state.get("num_images")
         changed = [
             f"{name} {state[name]} -> {getattr(self.args, name)}"
             for name in LAYOUT
@@ -111,6 +112,17 @@ class RunState:
             )
         else:
             logger.warning("%s: the order of images changes from here on", ", ".join(changed))
+
+    def take_data(self, dataset) -> None:
+        """Note the training data; in other data than before, a position has no meaning."""
+        self.class_names = dataset.classes
+        if self.iteration and self.num_images not in (None, len(dataset)):
+            logger.warning(
+                "The data set has %d images and had %d: epoch %d, which was begun, starts over",
+                *(len(dataset), self.num_images, self.epoch),
+            )
+            self.iteration, self.meters = 0, {}
+        self.num_images = len(dataset)
 
     def load_meters(self, metrics) -> int:
         """Give the meters what the epoch had so far; returns how many steps were skipped in it."""
@@ -192,6 +204,7 @@ class RunState:
         if is_main_process():
             position = {name: getattr(self.args, name) for name in LAYOUT}
             position |= {"iteration": self.iteration, "meters": self.meters, "best": self.best}
+            position["num_images"] = self.num_images
             extra = {
                 "state": {**position, "random": states},
                 "class_names": self.class_names,
@@ -233,17 +246,18 @@ def flush(writer) -> None:
         ) from error
 
 
-def find_newest(folder: Path) -> str:
-    """The newest complete checkpoint of a folder, or ''; damaged ones are named."""
+def find_newest(folder: Path) -> tuple[str, dict | None]:
+    """The newest complete checkpoint of a folder, path and content; ('', None) if there is none.
+
+    Damaged ones are named.
+    """
     files = [p for p in folder.glob("checkpoint*.pth") if p.is_file()]
     for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         try:
-            read_checkpoint(path)
+            return str(path), read_checkpoint(path)
         except CheckpointError as error:
             logger.warning("Passed over: %s", error)
-            continue
-        return str(path)
-    return ""
+    return "", None
 
 
 def remove_old(folder: Path, keep_last: int) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from util.attention import Attend
 from util.blocks import Block, LayerNorm, PatchEmbed
 from util.masking import Masking, count_patches, random_masking
-from util.patches import normalize_patches, patchify, take_patches, unpatchify
+from util.patches import as_size, normalize_patches, patchify, take_patches, unpatchify
 from util.pos_embed import get_2d_sincos_pos_embed
 
 SMALL = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
@@ -184,8 +184,3 @@ def initialize(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)  # fused projections count as one matrix
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    """224 -> (224, 224); (128, 256) as (height, width)."""
-    return (size, size) if isinstance(size, int) else tuple(size)

@@ -6,13 +6,10 @@ One encoder, 20 epochs of digits; every line changes one thing of the first. Mea
 the seconds of every epoch, kNN accuracy, and GFLOP of a forward pass of one picture.
 """
 
-import sys
-
 import common
 import torch
 from pretraining_helps import DATA, EPOCHS
 
-sys.path.insert(0, str(common.ROOT))
 import main_pretrain  # noqa: E402
 from util.build import build_pretrain_model  # noqa: E402
 
@@ -42,8 +39,10 @@ def flags_of(run: str) -> str:
 def main(args) -> None:
     results = common.Results("ablations", key=("run", "seed"))
     pictures = args.out / "digits/pictures"
-    if not pictures.exists():
-        common.call(f"{DATA['digits'].write} {pictures}", args.out / "digits/pictures.txt")
+    common.make_folder(
+        pictures,
+        lambda folder: common.call(f"{DATA['digits'].write} {folder}", args.out / "digits.txt"),
+    )
 
     def measure(run: str, seed: int) -> None:
         if results.find(run=run, seed=seed) is not None:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for the experiments that use the project's modules
 
 # The encoder of every experiment, and how long the runs are: see docs/experiments.md.
 PRETRAIN = (
@@ -38,7 +40,10 @@ FINETUNE = (
 def get_args_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "output/experiments", help="for the runs"
+        "--out",
+        type=lambda path: Path(path).resolve(),
+        default=ROOT / "output/experiments",
+        help="for the runs",
     )
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time (default: 2)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
@@ -94,6 +99,16 @@ def call(command: str, log: Path) -> tuple[str, float]:
     if done.returncode != 0:
         raise RuntimeError(f"`python {command}` failed, its output is in {log}.")
     return done.stdout, time.perf_counter() - start
+
+
+def make_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder, unless it is there; an interrupted one is begun anew."""
+    if not folder.exists():
+        begun = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        write(begun)
+        begun.rename(folder)
 
 
 def run_all(jobs: int, function: Callable, items: Iterable) -> list:

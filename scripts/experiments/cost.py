@@ -6,13 +6,9 @@ One image, forward pass, a multiply-add counted as two; nothing is computed (met
 takes seconds. Speed and memory are util.benchmark's business, see docs/experiments.md.
 """
 
-import sys
-from pathlib import Path
-
 import common
 import torch
 
-sys.path.insert(0, str(Path(common.ROOT)))
 import models_cross  # noqa: E402
 import models_mae  # noqa: E402
 import models_vit  # noqa: E402
@@ -62,14 +58,15 @@ def main() -> None:
     results = common.Results("cost", key=("model", "size"))
     for model in MODELS:
         for (name, (factory, size)), known in zip(SIZES.items(), KNOWN[model].split(), strict=True):
+            if results.find(model=model, size=name) is not None:
+                continue
             kept = MODELS[model][1]
             ratios = () if model == "classifier" else (0.75, kept or 0.75)
             gflop, params = common.count_cost(build(model, factory, size), size, ratios)
             known_gflop, known_params = (float(x) if x != "-" else None for x in known.split("/"))
             row = dict(model=model, size=name, gflop=round(gflop, 3), mparams=round(params, 2))
             row |= dict(known_gflop=known_gflop, known_mparams=known_params)
-            if results.find(model=model, size=name) is None:
-                results.add(**row)
+            results.add(**row)
 
 
 if __name__ == "__main__":

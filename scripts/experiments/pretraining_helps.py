@@ -51,7 +51,8 @@ def label(data: Path, labels: str, seed: int, folder: Path) -> Path:
     """
     if labels == "all":
         return data
-    if not folder.exists():
+
+    def write(folder: Path) -> None:
         classes = sorted(path for path in (data / "train").iterdir())
         copies = math.ceil(UPDATES * 10 / (int(labels) * len(classes)))
         draw = random.Random(seed)
@@ -62,6 +63,8 @@ def label(data: Path, labels: str, seed: int, folder: Path) -> Path:
                     link = folder / "train" / path.name / f"{picture.stem}_{i}{picture.suffix}"
                     link.symlink_to(picture)
         (folder / "val").symlink_to(data / "val")
+
+    common.make_folder(folder, write)
     return folder
 
 
@@ -69,8 +72,9 @@ def run(name: str, args) -> None:
     """All arms of one data set."""
     data, out, seeds = DATA[name], args.out / name, range(args.seeds)
     pictures = out / "pictures"
-    if not pictures.exists():
-        common.call(f"{data.write} {pictures}", out / "pictures.txt")
+    common.make_folder(
+        pictures, lambda folder: common.call(f"{data.write} {folder}", out / "pictures.txt")
+    )
     features = common.Results("pretraining", key=("data", "arm", "seed"))
     accuracies = common.Results("finetuning", key=("data", "task", "arm", "labels", "seed"))
 

@@ -14,7 +14,7 @@ import statistics
 import ablations
 import common
 
-DOCUMENTS = ("docs/experiments.md", "README.md")
+DOCUMENTS = ("docs/experiments.md", "docs/performance.md", "README.md")
 ARMS = ["crossmae 0.75", "crossmae 0.25", "mae", "scratch", "scratch, long"]
 PAIRS = [
     ("crossmae 0.75", "scratch"),
@@ -115,6 +115,15 @@ def cost_table() -> str:
     return table(["GFLOP (known), million parameters", *sizes], body)
 
 
+def speed_table() -> str:
+    body = []
+    for row in rows_of("speed"):
+        numbers = (row["images_per_s"], row["gflop"], row["mib"])
+        body.append([row["run"], *("-" if x is None else f"{x:g}" for x in numbers)])
+    head = ["changed", "images/s", "GFLOP per image", "MiB of activations per image"]
+    return table(head, body)
+
+
 def reading_table() -> str:
     masses, body = [row for row in rows_of("what_is_read") if row["arm"] == "mae"], []
     for target in ("visible", "masked", "class token"):
@@ -144,7 +153,7 @@ def all_tables() -> dict[str, str]:
         tables[f"accuracy {data}"] = accuracy_table(data)
         tables[f"pairs {data}"] = pairs_table(data)
         tables[f"seconds {data}"] = seconds_table(data)
-    tables |= {"ablations": ablation_table(), "cost": cost_table()}
+    tables |= {"ablations": ablation_table(), "cost": cost_table(), "speed": speed_table()}
     return tables | {"reading": reading_table(), "parity": parity_table()}
 
 

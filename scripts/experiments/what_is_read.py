@@ -9,7 +9,6 @@ import sys
 
 import common
 
-sys.path.insert(0, str(common.ROOT))
 from util.decoder_attention import READ, read_attention  # noqa: E402
 from util.views import draw_noise  # noqa: E402
 from util.visualize import choose_images, load_images, load_pretrained  # noqa: E402
