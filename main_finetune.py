@@ -15,10 +15,11 @@ from engine_finetune import evaluate, train_one_epoch
 from util import run
 from util.attention import get_attend
 from util.build import build_classifier, load_trained
-from util.checkpoint import load_encoder, load_model, read_checkpoint, weights_of
+from util.checkpoint import load_encoder, load_model
+from util.checkpoint_file import read_checkpoint, weights_of
 from util.cli import check_shared, prepare_output, shared_parser
 from util.compile import compile_blocks
-from util.datasets import build_dataset, build_transform, check_same_classes
+from util.datasets import build_dataset, check_same_classes
 from util.distributed import wrap_ddp
 from util.evaluation import list_files
 from util.images import find_classes
@@ -32,7 +33,9 @@ from util.optim import (
 )
 from util.patches import as_size
 from util.report import count_confusion, name_classes, predict_files, write_report
+from util.start_block import report_start
 from util.state import RunState
+from util.transforms import build_transform
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +84,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_optim_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("fine-tuning rate")
+    group = parser.add_argument_group("fine-tuning learning rate")
     group.add_argument(
         "--layer_decay",
         type=float,
         default=0.75,
-        help="factor per layer on the rate (default: 0.75)",
+        help="factor per layer on the learning rate (default: 0.75)",
     )
 
 
@@ -318,7 +321,7 @@ def main(args) -> None:
         f"{len(train_set)} training and {len(val_set)} validation images of {args.nb_classes} "
         f"classes in {args.data_path}, {len(train_loader)} batches per epoch"
     )
-    run.report_start(args, model, lr_text, attend.name, data_text)
+    report_start(args, model, lr_text, attend.name, data_text)
     train(args, state, train_loader, val_loader)
 
 
@@ -361,7 +364,7 @@ def train(args, state: RunState, train_loader, val_loader) -> None:
 
 
 def build_optimizer(args, model):
-    """AdamW with layer-wise rates; for a linear probe LARS on the head alone."""
+    """AdamW with layer-wise learning rates; for a linear probe LARS on the head alone."""
     if args.linear_probe:
         return build_lars(model.head.parameters(), args.lr, args.weight_decay)
     groups = param_groups_lrd(model, args.weight_decay, model.no_weight_decay(), args.layer_decay)

@@ -19,6 +19,7 @@ from util.distributed import wrap_ddp
 from util.loaders import build_train_loader
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
+from util.start_block import report_start
 from util.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -98,13 +99,15 @@ def add_masking_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_optim_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pre-training rate")
+    group = parser.add_argument_group("pre-training learning rate")
     group.add_argument(
         "--inverse_lr",
         action="store_true",
-        help="scale the rate by mask/kept instead of kept/mask ratio",
+        help="scale the learning rate by mask/kept instead of kept/mask ratio",
     )
-    group.add_argument("--no_lr_scale", action="store_true", help="do not scale the rate by ratios")
+    group.add_argument(
+        "--no_lr_scale", action="store_true", help="do not scale the learning rate by ratios"
+    )
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -152,12 +155,12 @@ def check_args(args) -> None:
         raise ValueError(
             "--init_from starts a run and --resume goes on with one: give one of them."
         )
-    for name in ("mask_ratio", "kept_mask_ratio"):  # both enter the rate, for the baseline too
+    for name in ("mask_ratio", "kept_mask_ratio"):  # both enter lr, for the baseline too
         if not 0 < getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must lie between 0 and 1.")
     if not args.cross_mae and not args.no_lr_scale and args.kept_mask_ratio != args.mask_ratio:
         logger.warning(
-            "MAE predicts every hidden patch, but --kept_mask_ratio %g scales its rate, as in the "
+            "MAE predicts every hidden patch, but --kept_mask_ratio %g scales its lr, as in the "
             "public code; set it to --mask_ratio, or give --no_lr_scale",
             args.kept_mask_ratio,
         )
@@ -210,7 +213,7 @@ def main(args) -> None:
 
     state.take_data(dataset)
     data_text = f"{len(dataset)} images {dataset.origin}, {len(loader)} batches per epoch"
-    run.report_start(args, model, lr_text, attend.name, data_text)
+    report_start(args, model, lr_text, attend.name, data_text)
     if args.compile:
         compile_blocks(model)
     unused = args.find_unused_parameters or getattr(model, "has_unused_blocks", False)

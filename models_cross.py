@@ -60,7 +60,8 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             weight_fm: every decoder block reads its own mixture of feature maps; without it, all
                 read the normalised output of the last block.
             use_fm: encoder blocks whose outputs are mixed, negative from the end; -1 alone means
-            all. use_input: the encoder's input tokens are one more feature map, the first.
+                all.
+            use_input: the encoder's input tokens are one more feature map, the first.
             self_attn: queries also attend to each other.
         """
         super().__init__(

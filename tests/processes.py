@@ -203,7 +203,7 @@ class Case:
 
     def check_files(self, folder: Path) -> None:
         """Log and last checkpoint are those of the undisturbed run."""
-        from util.checkpoint import read_checkpoint
+        from util.checkpoint_file import read_checkpoint
 
         assert read_log(folder) == read_log(self.folder)
         own, other = (read_checkpoint(f / "checkpoint.pth") for f in (folder, self.folder))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from util.benchmark import Clock, compare, count_flops, peak_memory
+from util.measure import Clock, compare, count_flops, peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -22,12 +22,10 @@ import torch
 from processes import ROOT
 
 from util import download
-from util.checkpoint import (
+from util.checkpoint import load_encoder, load_matching, load_strict
+from util.checkpoint_file import (
     CheckpointError,
     kind_of,
-    load_encoder,
-    load_matching,
-    load_strict,
     read_checkpoint,
     strip_prefixes,
     weights_of,
@@ -490,7 +488,7 @@ def test_hub(tmp_path):
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """
-from util.checkpoint import read_checkpoint
+from util.checkpoint_file import read_checkpoint
 for address in ("hf://own/repo/evil.pth", "hf://own/repo/none.pth"):
     try:
         read_checkpoint(address)

@@ -24,7 +24,7 @@ import models_mae
 import models_vit
 from util import export
 from util.build import load_trained
-from util.datasets import build_transform
+from util.transforms import build_transform
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]

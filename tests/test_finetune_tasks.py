@@ -8,7 +8,7 @@ import torch
 import main_finetune
 import main_pretrain
 from util.attention import Attend
-from util.checkpoint import read_checkpoint
+from util.checkpoint_file import read_checkpoint
 from util.run import start_logging
 
 SMALL = "--input_size 16 --batch_size 4 --num_workers 0 --device cpu".split()

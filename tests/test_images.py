@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from util.datasets import FastPretrainTransform, build_pretrain_transform, build_transform
 from util.images import (
     BadImage,
     find_classes,
@@ -23,6 +22,7 @@ from util.images import (
     open_image,
     read_image,
 )
+from util.transforms import FastPretrainTransform, build_pretrain_transform, build_transform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RANDOM = np.random.RandomState(0)

@@ -15,12 +15,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 UTIL_LAYERS = [
-    {"attention", "masking", "patches", "pos_embed", "lr_sched", "lr_decay", "optim", "cli"}
-    | {"distributed", "download", "images", "pictures", "recompute", "signals", "textbook"}
-    | {"files", "errors"},
-    {"blocks", "metrics", "checkpoint", "datasets", "loaders", "run", "state", "train_log"}
-    | {"views", "shards"},
-    {"vit", "compile", "evaluation", "report", "decoder_attention", "board"},
+    set(layer.split())
+    for layer in (
+        "attention masking patches pos_embed lr_sched lr_decay optim cli distributed download "
+        "errors files images pictures recompute signals textbook transforms",
+        "blocks metrics checkpoint_file checkpoint datasets loaders run shards start_block state "
+        "train_log views",
+        "vit compile measure evaluation report decoder_attention board",
+    )
 ]
 MAIN = len(UTIL_LAYERS) + 2  # and tools
 ABOVE_MODELS = {"build"}  # of util: makes models from flags, for the scripts and the tools

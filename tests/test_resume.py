@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import OFTEN, STEPS, read_steps, undisturbed, wait_until
 
-from util.checkpoint import read_checkpoint
+from util.checkpoint_file import read_checkpoint
 from util.state import RunState, get_random_state
 
 CASES = {  # script, processes, loader processes of the run that is killed

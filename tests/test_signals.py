@@ -17,7 +17,7 @@ from processes import (
     wait_until,
 )
 
-from util.checkpoint import read_checkpoint
+from util.checkpoint_file import read_checkpoint
 from util.signals import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from util import visualize
-from util.checkpoint import CheckpointError
+from util.checkpoint_file import CheckpointError
 from util.cli import IMAGENET_MEAN, IMAGENET_STD
 from util.decoder_attention import (
     attention_grid,

@@ -4,8 +4,8 @@
 
 Both forms run in turn (A B A B ...), so that a machine whose speed drifts drifts for both. Printed
 are the median of the paired ratios and the ratio of the fastest runs (above 1: ours is faster), and
-the noise floor: the same ratio of the textbook form against itself. A ratio inside the noise floor
-    shows nothing.
+the noise floor: how far the same ratio of the textbook form against itself lies from 1, in the
+median. A ratio inside the noise floor shows nothing.
 
 --what step       forward, backward and update of a pre-training step, against util.textbook with
                   PyTorch's default AdamW
@@ -19,18 +19,14 @@ the noise floor: the same ratio of the textbook form against itself. A ratio ins
 import argparse
 import json
 import logging
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import models_cross
 import models_mae
@@ -38,14 +34,15 @@ import models_vit
 from util import run
 from util.attention import get_attend
 from util.build import find_factory
-from util.checkpoint import write_checkpoint
+from util.checkpoint_file import write_checkpoint
 from util.cli import IMAGENET_MEAN, IMAGENET_STD
 from util.compile import compile_blocks
-from util.datasets import FastPretrainTransform, build_pretrain_transform, seeded
+from util.datasets import seeded
 from util.distributed import choose_device
 from util.images import find_images, normalize, open_image, read_image
 from util.lr_decay import param_groups_weight_decay
 from util.masking import count_patches
+from util.measure import Clock, compare, count_flops, matmul_rate, peak_memory
 from util.optim import (
     NativeScalerWithGradNormCount,
     autocast,
@@ -53,6 +50,7 @@ from util.optim import (
     choose_amp_dtype,
 )
 from util.textbook import textbook_loss
+from util.transforms import FastPretrainTransform, build_pretrain_transform
 
 logger = logging.getLogger(__name__)
 
@@ -107,84 +105,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     return parser
-
-
-class Clock:
-    """Seconds of a call, the device's work included."""
-
-    def __init__(self, device: torch.device, steps: int, kind: str = "wall"):
-        self.device = device
-        self.steps = steps
-        self.now = time.process_time if kind == "cpu" else time.perf_counter
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        self.wait()
-        start = self.now()
-        for _ in range(self.steps):
-            call()
-        self.wait()
-        return (self.now() - start) / self.steps
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def compare(ours: Callable, textbook: Callable, clock: Clock, repeats: int) -> dict:
-    """Time both in turn: ratios above 1 mean that ours is faster.
-
-    The noise floor is the largest deviation from 1 among the ratios of neighbouring textbook runs,
-    each of which was measured in the same loop.
-    """
-    for call in (ours, textbook):  # warm-up
-        clock(call)
-    times = {"ours": [], "textbook": [], "again": []}
-    for _ in range(repeats):
-        times["textbook"].append(clock(textbook))
-        times["ours"].append(clock(ours))
-        times["again"].append(clock(textbook))
-    paired = [b / a for a, b in zip(times["ours"], times["textbook"], strict=True)]
-    noise = [b / a for a, b in zip(times["again"], times["textbook"], strict=True)]
-    return {
-        "ratio_median": statistics.median(paired),
-        "ratio_min": min(times["textbook"] + times["again"]) / min(times["ours"]),
-        "noise_floor": statistics.median(abs(x - 1) for x in noise),
-        "seconds": statistics.median(times["ours"]),
-        "seconds_textbook": statistics.median(times["textbook"]),
-    }
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Largest number of bytes alive at once that `call` allocates."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
-def count_flops(call: Callable[[], object]) -> int:
-    """Operations of the matrix products and attention in `call`; 2 per multiply-add."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """Operations per second of a large matrix product of random numbers: what the device can do."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    clock = Clock(device, steps=10)
-    clock(lambda: a @ b)
-    return 2 * size**3 / clock(lambda: a @ b)
 
 
 def build_model(args, attend) -> nn.Module:

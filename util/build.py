@@ -8,7 +8,8 @@ from torch import nn
 import models_cross
 import models_mae
 import models_vit
-from util.checkpoint import CheckpointError, kind_of, load_strict, read_checkpoint, weights_of
+from util.checkpoint import load_strict
+from util.checkpoint_file import CheckpointError, kind_of, read_checkpoint, weights_of
 from util.cli import fill_channels
 from util.masking import count_patches
 

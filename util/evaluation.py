@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.datasets import Images, Reader, build_transform, read_list
+from util.datasets import Images, Reader, read_list
 from util.distributed import choose_device, is_main_process
 from util.images import find_images, open_image
 from util.loaders import DeviceLoader, build_eval_loader
 from util.optim import AMP_TYPES, autocast, choose_amp_dtype
+from util.transforms import build_transform
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 FEATURES = ("cls", "mean", "patches")

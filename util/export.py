@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from util import run
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
 from util.checkpoint import ENCODER_PARTS
-from util.datasets import CROP_SHARE
 from util.files import whole_file
 from util.patches import as_size
+from util.transforms import CROP_SHARE
 from util.vit import BASE, HUGE, LARGE, SMALL
 
 logger = logging.getLogger(__name__)

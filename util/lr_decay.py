@@ -1,4 +1,4 @@
-"""Parameter groups: weight decay in pre-training, layer-wise rates in fine-tuning.
+"""Parameter groups: weight decay in pre-training, layer-wise learning rates in fine-tuning.
 
 The order of groups and of parameters inside them numbers the tensors of a saved optimizer state, so
 it is part of the checkpoint format.
@@ -30,7 +30,7 @@ def param_groups_lrd(
 ) -> list[dict]:
     """One group per (layer, decayed or not), lr_scale = layer_decay ** (depth + 1 - layer).
 
-    Layer-wise decay of the rate as in BEiT (arXiv 2106.08254), section on fine-tuning.
+    Layer-wise decay of the learning rate as in BEiT (arXiv 2106.08254), section on fine-tuning.
     """
     depth = len(model.blocks)
     groups: dict[tuple[int, bool], dict] = {}

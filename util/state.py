@@ -16,13 +16,8 @@ import torch
 import torch.distributed as dist
 
 from util import signals
-from util.checkpoint import (
-    CheckpointError,
-    load_model,
-    read_checkpoint,
-    remove_leftovers,
-    save_model,
-)
+from util.checkpoint import load_model, save_model
+from util.checkpoint_file import CheckpointError, read_checkpoint, remove_leftovers
 from util.distributed import all_reduce_max, get_rank, get_world_size, is_main_process
 from util.files import write_text
 

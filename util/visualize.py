@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from util import decoder_attention, run, views
 from util.build import load_trained
-from util.checkpoint import CheckpointError
-from util.datasets import build_transform
+from util.checkpoint_file import CheckpointError
 from util.distributed import choose_device
 from util.images import find_images, open_image
 from util.pictures import check_png, save_png
+from util.transforms import build_transform
 
 logger = logging.getLogger(__name__)
 
