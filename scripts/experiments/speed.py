@@ -27,7 +27,11 @@ CHANGES = {
     "ViT-B, batch 8": "--model mae_vit_base_patch16 --batch_size 8",
     "ViT-B, batch 8, kept 0.25": "--model mae_vit_base_patch16 --batch_size 8 "
     "--kept_mask_ratio 0.25",
+    "ViT-L, batch 2": "--model mae_vit_large_patch16 --batch_size 2",
+    "ViT-H/14, batch 1": "--model mae_vit_huge_patch14 --batch_size 1",
 }
+PROCESSES = {"digits, 1 process": 1, "digits, 2 processes": 2}
+RUNS = [*CHANGES, *PROCESSES]
 TRAIN = f"main_pretrain.py {common.PRETRAIN} {common.CROSS} --decoder_depth 4 --input_size 32"
 
 
@@ -64,8 +68,7 @@ def main(args) -> None:
     for run, flags in CHANGES.items():
         if results.find(run=run) is None:
             results.add(run=run, **measure_step(flags, args))
-    for processes in (1, 2):
-        run = f"digits, {processes} process{'es' if processes > 1 else ''}"
+    for run, processes in PROCESSES.items():
         if results.find(run=run) is None:
             results.add(run=run, **measure_processes(processes, args))
 

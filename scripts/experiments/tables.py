@@ -13,6 +13,7 @@ import statistics
 
 import ablations
 import common
+import speed
 
 DOCUMENTS = ("docs/experiments.md", "docs/performance.md", "README.md")
 ARMS = ["crossmae 0.75", "crossmae 0.25", "mae", "scratch", "scratch, long"]
@@ -116,10 +117,10 @@ def cost_table() -> str:
 
 
 def speed_table() -> str:
-    body = []
-    for row in rows_of("speed"):
-        numbers = (row["images_per_s"], row["gflop"], row["mib"])
-        body.append([row["run"], *("-" if x is None else f"{x:g}" for x in numbers)])
+    rows, body = {row["run"]: row for row in rows_of("speed")}, []
+    for run in [name for name in speed.RUNS if name in rows]:
+        numbers = (rows[run][key] for key in ("images_per_s", "gflop", "mib"))
+        body.append([run, *("-" if x is None else f"{x:g}" for x in numbers)])
     head = ["changed", "images/s", "GFLOP per image", "MiB of activations per image"]
     return table(head, body)
 
