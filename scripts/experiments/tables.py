@@ -4,7 +4,7 @@
     python scripts/experiments/tables.py --write  # put them between <!-- table: NAME --> and
                                                   # <!-- end --> in the documents
 
-Means ± standard deviation over the seeds.
+Means ± standard deviation over the seeds; of seconds the median, because loads differ.
 """
 
 import argparse
@@ -84,7 +84,8 @@ def pairs_table(data: str) -> str:
 def seconds_table(data: str) -> str:
     rows = [row for row in rows_of("pretraining") if row["data"] == data]
     arms = dict.fromkeys(arm for arm in ARMS if by_seed(rows, "seconds", arm=arm))
-    values = [spread([*by_seed(rows, "seconds", arm=arm).values()], 0) for arm in arms]
+    seconds = [by_seed(rows, "seconds", arm=arm).values() for arm in arms]
+    values = [f"{statistics.median(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in seconds]
     return table(["pre-training", *arms], [["seconds", *values]])
 
 
