@@ -313,6 +313,9 @@ def main(args) -> dict:
     """Measure, print a table, and with --json one object on the last line."""
     if args.compile and args.what != "step":
         raise ValueError(f"--compile is measured by --what step, not by --what {args.what}.")
+    for name in ("repeats", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
     device = choose_device(args.device, 0)
     if args.threads:
         torch.set_num_threads(args.threads)

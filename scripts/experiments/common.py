@@ -20,10 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for the experiments that use the project's modules
+sys.path.insert(0, str(ROOT))  # for the project's modules
+
+from util.measure import count_flops  # noqa: E402
 
 # The encoder of every experiment, and how long the runs are: see docs/experiments.md.
 PRETRAIN = (
@@ -50,13 +51,29 @@ def get_args_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def read_results(name: str) -> dict:
+    """docs/results/NAME.json: machine and rows; no rows before its experiment was run."""
+    path = ROOT / f"docs/results/{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {"machine": None, "rows": []}
+
+
 class Results:
-    """Rows of docs/results/NAME.json, each found by its `key` columns; safe between threads."""
+    """Rows of docs/results/NAME.json, each found by its `key` columns; safe between threads.
+
+    Ends the script if the rows are another machine's: a file is of one machine.
+    """
 
     def __init__(self, name: str, key: tuple[str, ...]):
         self.path, self.key = ROOT / f"docs/results/{name}.json", key
         self.lock = threading.Lock()
-        self.rows = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        found = read_results(name)
+        self.rows = found["rows"]
+        if self.rows and found["machine"] != describe_machine():
+            sys.exit(
+                f"{self.path} was measured on another machine ({found['machine']}); delete it to "
+                f"measure on this one ({describe_machine()})."
+            )
+        print(f"{len(self.rows)} results in {self.path} are not measured again.", file=sys.stderr)
 
     def find(self, **key) -> dict | None:
         """The row with these key columns, if it was measured."""
@@ -151,7 +168,7 @@ def knn(checkpoint: Path, data: Path, k: int = 10) -> float:
 def count_cost(model: torch.nn.Module, size: int, ratios: tuple) -> tuple[float, float]:
     """(GFLOP of a forward pass of one picture, million trained parameters), on the meta device."""
     imgs = torch.empty(1, 3, size, size, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(imgs, *ratios)
+    with torch.no_grad():
+        flops = count_flops(lambda: model.eval()(imgs, *ratios))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return counter.get_total_flops() / 1e9, trained / 1e6
+    return flops / 1e9, trained / 1e6

@@ -7,8 +7,10 @@ The seed decides the pre-training, which pictures keep their labels, and the fin
 the same seed have the same labels, so their difference is a paired one.
 """
 
+import argparse
 import math
 import random
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +46,13 @@ SCHEDULE = {"pre-trained": (4, 0.65), "scratch": (4, 1.0), "scratch, long": (16,
 PROBE = "--linear_probe --global_pool --epochs 30 --warmup_epochs 3 --batch_size 64 --lr 6.4"
 
 
+def label_count(text: str) -> str:
+    """--labels: a number from 1 on, or all."""
+    if text != "all" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of labels nor all")
+    return text
+
+
 def label(data: Path, labels: str, seed: int, folder: Path) -> Path:
     """Class folders in which only `labels` pictures of each class are left for training.
 
@@ -57,8 +66,11 @@ def label(data: Path, labels: str, seed: int, folder: Path) -> Path:
         copies = math.ceil(UPDATES * 10 / (int(labels) * len(classes)))
         draw = random.Random(seed)
         for path in classes:
+            pictures = sorted(path.iterdir())
+            if len(pictures) < int(labels):
+                sys.exit(f"--labels {labels}: {path} has only {len(pictures)} pictures.")
             (folder / "train" / path.name).mkdir(parents=True)
-            for picture in draw.sample(sorted(path.iterdir()), int(labels)):
+            for picture in draw.sample(pictures, int(labels)):
                 for i in range(copies):
                     link = folder / "train" / path.name / f"{picture.stem}_{i}{picture.suffix}"
                     link.symlink_to(picture)
@@ -131,7 +143,9 @@ def run(name: str, args) -> None:
 if __name__ == "__main__":
     parser = common.get_args_parser(__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="pictures")
-    parser.add_argument("--labels", nargs="+", default=["1", "5", "20", "all"], help="per class")
+    parser.add_argument(
+        "--labels", nargs="+", type=label_count, default=["1", "5", "20", "all"], help="per class"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what to measure")
     args = parser.parse_args()
     for name in args.data:

@@ -26,8 +26,8 @@ PAIRS = [
 
 
 def rows_of(name: str) -> list[dict]:
-    """The rows of docs/results/NAME.json; none before its experiment was run."""
-    return common.Results(name, key=()).rows
+    """The rows of docs/results/NAME.json."""
+    return common.read_results(name)["rows"]
 
 
 def spread(values: list[float], digits: int = 1) -> str:
