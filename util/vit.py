@@ -110,35 +110,15 @@ class MaskedAutoencoder(ViTBackbone):
     A subclass builds its decoder blocks, then calls `add_prediction_head`.
     """
 
-    def __init__(
-        self,
-        *,
-        img_size: int | tuple[int, int],
-        patch_size: int,
-        in_chans: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        decoder_embed_dim: int,
-        mlp_ratio: float,
-        norm_layer,
-        norm_pix_loss: bool,
-        attend: Attend | None,
-    ):
-        super().__init__(
-            img_size,
-            patch_size,
-            in_chans,
-            embed_dim,
-            depth,
-            num_heads,
-            mlp_ratio,
-            norm_layer,
-            attend,
-        )
+    def __init__(self, *, decoder_embed_dim: int, norm_pix_loss: bool, **backbone):
+        """
+        Args:
+            backbone: what ViTBackbone takes.
+        """
+        super().__init__(**backbone)
         self.norm_pix_loss = norm_pix_loss
         grid = self.patch_embed.grid_size
-        table = get_2d_sincos_pos_embed(embed_dim, grid, cls_token=True)
+        table = get_2d_sincos_pos_embed(self.embed_dim, grid, cls_token=True)
         decoder_table = get_2d_sincos_pos_embed(decoder_embed_dim, grid, cls_token=True)
         self.pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
