@@ -73,7 +73,8 @@ class Results:
                 f"{self.path} was measured on another machine ({found['machine']}); delete it to "
                 f"measure on this one ({describe_machine()})."
             )
-        print(f"{len(self.rows)} results in {self.path} are not measured again.", file=sys.stderr)
+        if self.rows:
+            print(f"{len(self.rows)} results in {self.path} are not measured again.")
 
     def find(self, **key) -> dict | None:
         """The row with these key columns, if it was measured."""
