@@ -4,12 +4,13 @@
     python scripts/experiments/tables.py --write  # put them between <!-- table: NAME --> and
                                                   # <!-- end --> in the documents
 
-Means ± standard deviation over the seeds; of seconds the median, because loads differ.
+Means ± standard deviation over the seeds; of seconds the median, least and most.
 """
 
 import argparse
 import re
 import statistics
+from collections.abc import Iterable
 
 import ablations
 import common
@@ -36,6 +37,12 @@ def spread(values: list[float], digits: int = 1) -> str:
         return "-"
     more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{more}"
+
+
+def time_spread(seconds: Iterable[float]) -> str:
+    """Median (least to most), because the load of the machine differs."""
+    values = [*seconds]
+    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -84,8 +91,7 @@ def pairs_table(data: str) -> str:
 def seconds_table(data: str) -> str:
     rows = [row for row in rows_of("pretraining") if row["data"] == data]
     arms = dict.fromkeys(arm for arm in ARMS if by_seed(rows, "seconds", arm=arm))
-    seconds = [by_seed(rows, "seconds", arm=arm).values() for arm in arms]
-    values = [f"{statistics.median(x):.0f} ({min(x):.0f} to {max(x):.0f})" for x in seconds]
+    values = [time_spread(by_seed(rows, "seconds", arm=arm).values()) for arm in arms]
     return table(["pre-training", *arms], [["seconds", *values]])
 
 
@@ -97,7 +103,7 @@ def ablation_table() -> str:
             continue
         first = found[0]
         body.append([run, f"{first['gflop'] * 1000:.1f}", f"{first['mparams']:.2f}"])
-        body[-1].append(spread([row["seconds"] for row in found], 0))
+        body[-1].append(time_spread(row["seconds"] for row in found))
         body[-1].append(spread([row["losses"][-1] for row in found], 3))
         body[-1].append(spread([row["knn"] for row in found]))
     head = ["run", "MFLOP", "million parameters", "seconds", "last loss", "kNN, %"]
