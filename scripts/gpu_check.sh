@@ -31,6 +31,7 @@ else
 fi
 
 : >"$OUT/results.jsonl"
+status=0
 for row in "${rows[@]}"; do
     echo "== $row"
     # shellcheck disable=SC2086  # the row is a list of words
@@ -38,7 +39,9 @@ for row in "${rows[@]}"; do
         sed '$d' "$OUT/last.txt"
         tail -n 1 "$OUT/last.txt" >>"$OUT/results.jsonl"
     else
-        echo "failed: $(tail -n 1 "$OUT/last.err")"
+        echo "failed: $(cat "$OUT/last.err" "$OUT/last.txt" | tail -n 1)"
+        status=1
     fi
 done
 echo "Results in $OUT/results.jsonl"
+exit "$status"

@@ -41,7 +41,9 @@ def main(args) -> None:
     pictures = args.out / "digits/pictures"
     common.make_folder(
         pictures,
-        lambda folder: common.call(f"{DATA['digits'].write} {folder}", args.out / "digits.txt"),
+        lambda folder: common.call(
+            f"{DATA['digits'].write} {common.quote(folder)}", args.out / "digits.txt"
+        ),
     )
 
     def measure(run: str, seed: int) -> None:

@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for the project's modules
 
+from util.files import write_text  # noqa: E402
 from util.measure import count_flops  # noqa: E402
 
 # The encoder of every experiment, and how long the runs are: see docs/experiments.md.
@@ -87,7 +88,7 @@ class Results:
             lines = ",\n".join("  " + json.dumps(row) for row in self.rows)
             machine = json.dumps(describe_machine())
             self.path.parent.mkdir(exist_ok=True)
-            self.path.write_text(f'{{"machine": {machine}, "rows": [\n{lines}\n]}}\n')
+            write_text(self.path, f'{{"machine": {machine}, "rows": [\n{lines}\n]}}\n')
             print(json.dumps(row), flush=True)
 
 
@@ -95,6 +96,11 @@ def describe_machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{platform.machine()}, {cores} cores, {device}, torch {torch.__version__}"
+
+
+def quote(path: Path) -> str:
+    """A path as one word of a command, whatever is in it."""
+    return shlex.quote(str(path))
 
 
 def call(command: str, log: Path) -> tuple[str, float]:
@@ -150,7 +156,8 @@ def pretrain(flags: str, data: Path, folder: Path) -> tuple[list[float], float]:
     time_file = folder / "seconds.txt"
     if not time_file.exists():
         _, seconds = call(
-            f"main_pretrain.py {PRETRAIN} {flags} --data_path {data} --output_dir {folder}",
+            f"main_pretrain.py {PRETRAIN} {flags} --data_path {quote(data)} "
+            f"--output_dir {quote(folder)}",
             folder / "output.txt",
         )
         time_file.write_text(f"{seconds:.1f}\n")
@@ -160,7 +167,8 @@ def pretrain(flags: str, data: Path, folder: Path) -> tuple[list[float], float]:
 def knn(checkpoint: Path, data: Path, k: int = 10) -> float:
     """kNN accuracy in percent of the mean patch feature."""
     command = (
-        f"-m util.knn --checkpoint {checkpoint} --data_path {data} --which mean --k {k} --json"
+        f"-m util.knn --checkpoint {quote(checkpoint)} --data_path {quote(data)} --which mean "
+        f"--k {k} --json"
     )
     printed, _ = call(command, checkpoint.parent / "knn.txt")
     return json.loads(printed.splitlines()[-1])["knn"][0]["acc1"]

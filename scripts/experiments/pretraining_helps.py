@@ -85,7 +85,8 @@ def run(name: str, args) -> None:
     data, out, seeds = DATA[name], args.out / name, range(args.seeds)
     pictures = out / "pictures"
     common.make_folder(
-        pictures, lambda folder: common.call(f"{data.write} {folder}", out / "pictures.txt")
+        pictures,
+        lambda folder: common.call(f"{data.write} {common.quote(folder)}", out / "pictures.txt"),
     )
     features = common.Results("pretraining", key=("data", "arm", "seed"))
     accuracies = common.Results("finetuning", key=("data", "task", "arm", "labels", "seed"))
@@ -109,12 +110,13 @@ def run(name: str, args) -> None:
         epochs, layer_decay = SCHEDULE["pre-trained" if arm in ARMS else arm]
         flags = f"--epochs {epochs} --layer_decay {layer_decay}"
         flags = f"{common.FINETUNE} {data.flags} {PROBE if task == 'probe' else flags}"
-        start = f"--finetune {start_of(arm, seed) / 'checkpoint.pth'}" if arm in ARMS else ""
+        checkpoint = common.quote(start_of(arm, seed) / "checkpoint.pth")
+        start = f"--finetune {checkpoint}" if arm in ARMS else ""
         folder = out / f"{task} {arm} {labels} {seed}".replace(" ", "-").replace(",", "")
         some = label(pictures / data.labelled, labels, seed, out / f"labels-{labels}-{seed}")
         _, seconds = common.call(
-            f"main_finetune.py {flags} {start} --seed {seed} --data_path {some} "
-            f"--output_dir {folder}",
+            f"main_finetune.py {flags} {start} --seed {seed} --data_path {common.quote(some)} "
+            f"--output_dir {common.quote(folder)}",
             folder / "output.txt",
         )
         acc1 = common.read_log(folder)[-1]["test_acc1"]

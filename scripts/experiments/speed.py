@@ -51,12 +51,15 @@ def measure_processes(processes: int, args) -> dict:
     """Images per second of all processes in the last of three epochs."""
     pictures = args.out / "digits/pictures"
     common.make_folder(
-        pictures, lambda folder: common.call(f"-m util.demo_data {folder}", args.out / "digits.txt")
+        pictures,
+        lambda folder: common.call(
+            f"-m util.demo_data {common.quote(folder)}", args.out / "digits.txt"
+        ),
     )
     launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes}"
     batch = f"--batch_size {32 // processes} --epochs 3 --warmup_epochs 1"
     printed, _ = common.call(
-        f"{launcher} {TRAIN} {batch} --data_path {pictures} --output_dir ''",
+        f"{launcher} {TRAIN} {batch} --data_path {common.quote(pictures)} --output_dir ''",
         args.out / "speed.txt",
     )
     rates = re.findall(r"Epoch: \[\d+\] ([\d.]+) img/s", printed)
