@@ -50,6 +50,8 @@ def test_devices():
     assert choose_device("cpu", 3) == torch.device("cpu")
     with pytest.raises(ValueError, match="--device gpu is not a device"):
         choose_device("gpu", 0)
+    with pytest.raises(ValueError, match="--device meta is not supported"):
+        choose_device("meta", 0)
 
 
 def test_lost_peer_is_told_from_a_bug():
@@ -115,24 +117,51 @@ distributed.close()
 """
 
 
+BUFFERS = """
+import argparse
+from torch import nn
+from util import distributed
+
+args = argparse.Namespace(device="cpu", dist_on_itp=False, dist_url="env://", dist_timeout=60)
+distributed.init_distributed_mode(args)
+norm = nn.BatchNorm1d(2)
+norm.running_mean.fill_(5 + args.rank)
+distributed.broadcast_buffers(norm)
+print(norm.running_mean.tolist())
+distributed.close()
+"""
+
+
+def start_ranks(code: str, size: int, *arguments) -> list[subprocess.Popen]:
+    """The code in one process, or in a group of several."""
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if size > 1:
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env |= {"WORLD_SIZE": str(size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env=env | ({"RANK": str(rank)} if size > 1 else {}),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def test_all_processes_evaluate_what_is_saved():
+    """BatchNorm's statistics differ between processes after a step; rank 0's are saved."""
+    texts = [rank.communicate(timeout=120)[0] for rank in start_ranks(BUFFERS, 2)]
+    assert texts == ["[5.0, 5.0]\n"] * 2
+
+
 def test_two_processes_equal_twice_the_batch(tmp_path):
     """Given the pictures and the masks: losses, gradient norms and weights after three updates."""
     results = {}
     for size in (1, 2):
-        env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES}
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if size == 2:
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
         path = tmp_path / f"{size}.pth"
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", STEP, path],
-                env=env | ({"RANK": str(rank)} if size == 2 else {}),
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(size)
-        ]
+        ranks = start_ranks(STEP, size, path)
         text = ranks[0].communicate(timeout=120)[0]
         assert [rank.wait(60) for rank in ranks] == [0] * size
         numbers = torch.tensor([list(map(float, line.split())) for line in text.splitlines()])
@@ -150,3 +179,16 @@ def test_arguments_of_the_group():
     args = argparse.Namespace(device="cpu", dist_on_itp=False, dist_url="env://", dist_timeout=5)
     init_distributed_mode(args)
     assert (args.distributed, args.rank, args.world_size) == (False, 0, 1)
+
+
+def test_one_visible_gpu_per_task(monkeypatch):
+    """srun --gpus-per-task=1 shows every task its own GPU as number 0; else it would be shared."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.delenv("SLURM_GPUS_PER_TASK", raising=False)
+    with pytest.raises(ValueError, match="Local rank 3 has no GPU of its own"):
+        choose_device(None, 3)
+    assert choose_device("cuda:0", 3) == torch.device("cuda:0")
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert choose_device(None, 3) == torch.device("cuda:0")

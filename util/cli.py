@@ -6,6 +6,7 @@ may begin with --epoch.
 
 import argparse
 import os
+import platform
 from pathlib import Path
 
 from util.patches import as_size
@@ -17,7 +18,7 @@ AT_LEAST_ONE = (
 )
 NOT_NEGATIVE = (
     "num_workers start_epoch skip_nonfinite save_every_minutes keep_every keep_last "
-    "weight_decay warmup_epochs lr blr min_lr clip_grad seed log_images".split()
+    "weight_decay warmup_epochs lr blr min_lr seed log_images".split()
 )
 
 
@@ -251,6 +252,12 @@ def check_shared(args: argparse.Namespace) -> None:
     for name in NOT_NEGATIVE:
         if not given.get(name, 0) >= 0:  # nan neither
             raise ValueError(f"--{name} is {given[name]}; it must not be negative.")
+    if not given.get("clip_grad", 1) > 0:
+        raise ValueError(f"--clip_grad is {args.clip_grad}: no step at all; leave it out instead.")
+    if args.keep_last and not args.keep_every:
+        raise ValueError("--keep_last needs checkpoint-EPOCH.pth files: give --keep_every too.")
+    if args.save_every_minutes and not args.output_dir:
+        raise ValueError("--save_every_minutes has nowhere to save: give --output_dir.")
     if min(as_size(args.input_size)) < 1:
         raise ValueError(f"--input_size is {args.input_size}; it must be at least 1.")
     if not args.data_path:
@@ -301,16 +308,24 @@ def prepare_output(args: argparse.Namespace) -> None:
     if args.log_dir is None:
         args.log_dir = args.output_dir
     for flag in ("output_dir", "log_dir"):
-        folder = getattr(args, flag)
-        if not folder:
-            continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            probe = Path(folder, f".writable.{os.getpid()}")
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(
-                f"Cannot write to the output folder {folder} ({error.strerror}); "
-                f"choose another --{flag}."
-            ) from error
+        if getattr(args, flag):
+            make_writable(getattr(args, flag), flag)
+
+
+def make_writable(folder: str, flag: str) -> None:
+    """Make a folder and try to write in it.
+
+    Raises:
+        ValueError: that does not work; names the flag.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        # processes of several hosts may do this at once, in containers even with one number
+        probe = Path(folder, f".writable.{platform.node()}.{os.getpid()}")
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"Cannot write to the output folder {folder} ({error.strerror}); "
+            f"choose another --{flag}."
+        ) from error

@@ -140,17 +140,23 @@ def choose_device(wanted: str | None, local_rank: int) -> torch.device:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"--device {wanted} is not a device; use cuda or cpu.") from error
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {wanted} is not supported; use cuda or cpu.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
                 f"--device {wanted}: this machine has no usable GPU; use --device cpu."
             )
-        if local_rank >= torch.cuda.device_count():
+        count, index = torch.cuda.device_count(), device.index
+        if index is None:
+            # with srun --gpus-per-task=1 every task sees one GPU, its own, as number 0
+            index = 0 if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ else local_rank
+        if index >= count:
             raise ValueError(
-                f"Local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} "
-                "found; start at most one process per GPU (--nproc_per_node)."
+                f"Local rank {local_rank} has no GPU of its own: number {index} is asked for and "
+                f"{count} found; start at most one process per GPU (--nproc_per_node)."
             )
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
 
@@ -189,6 +195,13 @@ def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give all processes rank 0's buffers (BatchNorm's statistics), which are the ones saved."""
+    if get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def wrap_ddp(model: nn.Module, device: torch.device, find_unused_parameters: bool) -> nn.Module:

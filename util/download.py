@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import platform
 import re
 import urllib.request
 from http.client import HTTPException
@@ -73,7 +74,7 @@ def hash_in(name: str) -> str:
 def download(address: str, target: Path, wanted: str) -> None:
     """Get a file with a progress bar; it appears at `target` complete or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    waiting = target.with_name(f"{target.name}.tmp.{os.getpid()}")
+    waiting = target.with_name(f"{target.name}.tmp.{platform.node()}.{os.getpid()}")
     digest = hashlib.sha256()
     logger.info("Downloading %s to %s", address, target)
     try:
