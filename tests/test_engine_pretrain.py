@@ -20,7 +20,7 @@ from torch import nn
 from engine_pretrain import train_one_epoch
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount
-from util.train_log import NonFiniteLoss
+from util.train_log import NonFiniteLoss, TrainLog
 
 CPU = torch.device("cpu")
 
@@ -151,3 +151,25 @@ def test_logged_lines(tiny_cross, caplog):
     )
     averaged = r"Averaged stats: lr: 0\.100000  loss: [\d.]+ \(([\d.]+)\)"
     assert sum(bool(re.search(averaged, line)) for line in lines) == 1
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_bad_batch_spoils_one_update(tiny_cross, bad):
+    """With accumulation it counts as one skipped step, whichever batch of the update it is."""
+    imgs, noise = torch.randn(4, 2, 3, 32, 32), torch.rand(4, 2, 16)
+    imgs[bad] = float("nan")
+    model = tiny_cross()
+    train(sgd(model), model, imgs, noise, accum_iter=2, skip_nonfinite=1)
+    assert not model.decoder_pred.weight.equal(tiny_cross().decoder_pred.weight)
+    assert all(p.isfinite().all() for p in model.parameters())
+    with pytest.raises(NonFiniteLoss):
+        train(sgd(model), model, imgs, noise, accum_iter=2, skip_nonfinite=0)
+
+
+def test_overflows_of_loss_scaling_are_not_averaged():
+    """A step that fp16's scaler leaves out has no gradient norm."""
+    scaler = NativeScalerWithGradNormCount(torch.float16, "cpu")
+    log = TrainLog(0, range(2), "loss", None, scaler, settings())
+    for iteration, norm in enumerate((float("inf"), 3.0)):
+        log.add(iteration, sgd(nn.Linear(1, 1)), torch.tensor(1.0), torch.tensor(norm))
+    assert log.metrics.averages()["grad_norm"] == 3

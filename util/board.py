@@ -34,7 +34,7 @@ class PictureBoard:
         every = max(1, self.args.epochs // PICTURES_PER_RUN)
         if self.writer is None or (epoch % every and epoch != self.args.epochs - 1):
             return
-        step = (epoch + 1) * 1000
+        step = (epoch + 1) * 1000 - 1  # before that of a run that goes on with the next epoch
         self.writer.add_image(
             "reconstructions", reconstruction_grid(model, self.imgs, self.args), step
         )

@@ -47,11 +47,18 @@ class NativeScalerWithGradNormCount:
     the device, so no step waits for it.
     """
 
-    def __init__(self, amp_dtype: torch.dtype | None = None, device_type: str = "cuda"):
+    def __init__(
+        self, amp_dtype: torch.dtype | str | None = "auto", device_type: str | None = None
+    ):
         """
         Args:
             amp_dtype: autocast type of the run; float16 needs loss scaling, the others do not.
+                auto: what the engines choose if nothing is said.
+            device_type: cuda or cpu; by default cuda where there is one.
         """
+        device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+        if amp_dtype == "auto":
+            amp_dtype = choose_amp_dtype("auto", torch.device(device_type))
         self.scaler = torch.amp.GradScaler(device_type, enabled=amp_dtype is torch.float16)
 
     def __call__(

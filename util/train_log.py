@@ -47,6 +47,7 @@ class TrainLog:
         self.compiles = getattr(args, "compile", False) and state is not None and state.is_first
         self.state = state
         self.skipped = 0
+        self.in_bad_update = False  # an iteration of the update that is being added up was bad
         self.waiting: list[tuple[int, float, Tensor, Tensor | None]] = []
         self.metrics = MetricLogger()
         self.metrics.add_meter("lr", SmoothedValue(1, "{value:.6f}"))
@@ -87,13 +88,20 @@ class TrainLog:
         losses = (all_reduce_sum(losses) / get_world_size()).tolist()
         norms = fetch([norm for *_, norm in self.waiting])
         for (iteration, lr, _, _), loss, norm in zip(self.waiting, losses, norms, strict=True):
-            if self.is_bad(loss) or (norm is not None and self.is_bad(norm) and not self.is_scaled):
+            has_norm = norm is not None and not self.is_bad(norm)
+            bad_norm = norm is not None and not has_norm and not self.is_scaled
+            is_bad = self.is_bad(loss) or bad_norm
+            if is_bad and not self.in_bad_update:  # one update is one step, of many iterations
                 self.skip(iteration, "Loss" if self.is_bad(loss) else "Gradient norm", loss, norm)
+            self.in_bad_update = (is_bad or self.in_bad_update) and norm is None
+            if is_bad:
                 continue
             self.metrics.update(lr=lr, loss=loss)
-            if norm is not None:
+            if has_norm:
                 self.metrics.update(grad_norm=norm)
-                self.write(iteration, {self.loss_tag: loss, "lr": lr, "grad_norm": norm})
+            if norm is not None:
+                scalars = {self.loss_tag: loss, "lr": lr}
+                self.write(iteration, scalars | ({"grad_norm": norm} if has_norm else {}))
         self.waiting.clear()
 
     @property
@@ -153,7 +161,8 @@ class TrainLog:
             "data_wait": share,
             "loss_scale": self.loss_scaler.loss_scale,
         }
-        self.write(len(self.data_loader), scalars)
+        last = len(self.data_loader) - 1  # the next step is where a resumed run takes back
+        self.write(last, scalars)
         return metrics.averages() | self.count_replaced()
 
     def count_replaced(self) -> dict[str, int]:
