@@ -112,3 +112,18 @@ def test_under_bf16_autocast(which, request):
     assert abs(ours - exact) <= 1.5 * abs(book - exact) + 1e-3
     assert distance(our_grads) <= 1.2 * distance(book_grads)
     assert all(g.dtype == torch.float32 for g in our_grads.values())
+
+
+def test_frozen_parts(tiny_cross):
+    """Blocks, norms and layers that are not trained; the gradients of the others stay."""
+    whole, part = tiny_cross(), tiny_cross()
+    for frozen in (part.blocks[0], part.blocks[1].norm1, part.decoder_blocks[0].mlp.fc1):
+        frozen.requires_grad_(False)
+    imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    for model in (whole, part):
+        model(imgs, noise=noise).backward()
+    for (name, ours), theirs in zip(whole.named_parameters(), part.parameters(), strict=True):
+        if theirs.requires_grad:
+            torch.testing.assert_close(theirs.grad, ours.grad, msg=name)
+        else:
+            assert theirs.grad is None, name

@@ -50,12 +50,20 @@ class LinearAfter(torch.autograd.Function):
         with torch.enable_grad(), autocast:
             y = ctx.again(x)  # (B, N, D)
         end, dtype = get_gradient_edge(y), y.dtype
+        _, _, needs_weight, needs_bias, *needs_params = ctx.needs_input_grad  # some may be frozen
         rows = grad.flatten(0, -2)  # (B * N, out), of the type that the product was done in
-        grad_weight = rows.T @ y.detach().to(grad.dtype).flatten(0, -2)
+        grad_weight = grad_bias = None
+        if needs_weight:
+            grad_weight = (rows.T @ y.detach().to(grad.dtype).flatten(0, -2)).to(weight.dtype)
+        if needs_bias:
+            grad_bias = rows.sum(0)
         del y  # before the next tensor of its size
         grad_y = (grad @ weight.to(grad.dtype)).to(dtype)
-        grad_x, *grad_params = torch.autograd.grad(end, (x, *params), grad_y)
-        return None, grad_x, grad_weight.to(weight.dtype), rows.sum(0), *grad_params
+        trained = [p for p, needed in zip(params, needs_params, strict=True) if needed]
+        grad_x, *found = torch.autograd.grad(end, (x, *trained), grad_y)
+        found = iter(found)
+        grad_params = [next(found) if needed else None for needed in needs_params]
+        return None, grad_x, grad_weight, grad_bias, *grad_params
 
 
 def mix(weight: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
