@@ -17,10 +17,10 @@ from util.attention import get_attend
 from util.build import build_classifier, load_trained
 from util.checkpoint import load_encoder, load_model
 from util.checkpoint_file import read_checkpoint, weights_of
-from util.cli import check_shared, prepare_output, shared_parser
+from util.cli import check_shared, make_writable, prepare_output, shared_parser
 from util.compile import compile_blocks
 from util.datasets import build_dataset, check_same_classes
-from util.distributed import wrap_ddp
+from util.distributed import broadcast_buffers, wrap_ddp
 from util.evaluation import list_files
 from util.images import find_classes
 from util.loaders import build_eval_loader, build_train_loader
@@ -34,7 +34,7 @@ from util.optim import (
 from util.patches import as_size
 from util.report import count_confusion, name_classes, predict_files, write_report
 from util.start_block import report_start
-from util.state import RunState
+from util.state import RunState, settle_resume
 from util.transforms import build_transform
 
 logger = logging.getLogger(__name__)
@@ -229,8 +229,12 @@ def check_args(args) -> None:
         raise ValueError("--linear_probe trains a frozen encoder: leave out mixup and drop path.")
     if args.linear_probe and not (args.finetune or args.resume):
         raise ValueError("--linear_probe needs a pre-trained encoder: add --finetune FILE.")
-    if args.cutmix_minmax is not None and len(args.cutmix_minmax) != 2:
-        raise ValueError("--cutmix_minmax takes two shares, the least and the largest.")
+    if args.cutmix_minmax is not None and not is_range(args.cutmix_minmax):
+        raise ValueError("--cutmix_minmax takes two shares from 0 to 1, the least first.")
+    if args.mixup < 0 or args.cutmix < 0:
+        raise ValueError("--mixup and --cutmix are at least 0 (0: off).")
+    if args.linear_probe and args.batch_size == 1:
+        raise ValueError("--linear_probe has BatchNorm, which needs a --batch_size of 2 or more.")
     if not 0 <= args.drop_path < 1:
         raise ValueError(f"--drop_path is {args.drop_path}; it must be at least 0 and below 1.")
     if not 0 < args.layer_decay <= 1:
@@ -238,6 +242,37 @@ def check_args(args) -> None:
     if not 0 <= args.smoothing < 1:
         raise ValueError(f"--smoothing is {args.smoothing}; it must be at least 0 and below 1.")
     check_augmentation(args)
+    warn_idle(args)
+
+
+def is_range(shares: list[float]) -> bool:
+    """Whether these are two shares, the least first."""
+    return len(shares) == 2 and 0 <= shares[0] <= shares[1] <= 1
+
+
+def warn_idle(args) -> None:
+    """Name the flags that were given and will not act, with the reason."""
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    only_tests = args.eval or args.predict
+    idle = {"finetune": "--resume has all weights"} if args.resume not in ("", "auto") else {}
+    if args.aa:
+        idle["color_jitter"] = "--aa sets the colours (--aa '' leaves them)"
+    if not mixes:
+        names = ("mixup_prob", "mixup_switch_prob", "mixup_mode")
+        idle |= dict.fromkeys(names, "nothing is mixed without --mixup or --cutmix")
+    if args.linear_probe:
+        idle["layer_decay"] = "--linear_probe trains the head alone"
+    if only_tests:
+        names = ("compile", "mixup", "cutmix", "cutmix_minmax", "layer_decay", "clip_grad")
+        idle |= dict.fromkeys(names, "nothing is trained")
+    if args.predict:
+        names = ("input_size", "patch_size", "in_chans", "mean", "std", "skip_bad_images")
+        idle |= dict.fromkeys(names, "--predict takes all pictures, as the checkpoint says")
+    parser = get_args_parser()
+    for name, reason in idle.items():
+        default = parser.get_default(name)
+        if getattr(args, name) != default and (default is not None or getattr(args, name)):
+            logger.warning("--%s does nothing here: %s", name, reason)
 
 
 def check_augmentation(args) -> None:
@@ -302,7 +337,8 @@ def main(args) -> None:
     if args.eval:
         evaluate_checkpoint(args, model)
         return
-    if args.finetune and args.resume in ("", "auto"):
+    newest = settle_resume(args)
+    if args.finetune and not args.resume:
         start_from_pretrained(model, args.finetune)
     prepare_output(args)
     lr_text = run.set_lr(args)
@@ -310,8 +346,8 @@ def main(args) -> None:
     optimizer = build_optimizer(args, model)
     loss_scaler = NativeScalerWithGradNormCount(amp_dtype, args.device.type)
     state = RunState(args, model, optimizer, loss_scaler)
-    if args.resume:
-        state.resume()
+    state.resume(newest)
+    del newest  # as large as the model and its optimizer
 
     train_set, val_set = build_dataset(True, args), build_dataset(False, args)
     train_loader = build_train_loader(train_set, args)
@@ -351,6 +387,7 @@ def train(args, state: RunState, train_loader, val_loader) -> None:
                 args,
                 state,
             )
+            broadcast_buffers(model)
             test_stats = evaluate(val_loader, model, args.device, args.amp)
             report_accuracy(len(val_loader.dataset), test_stats)
             if writer is not None:
@@ -373,6 +410,8 @@ def build_optimizer(args, model):
 
 def evaluate_checkpoint(args, model) -> None:
     """--eval: accuracy of the --resume checkpoint on DATA/val, and the --report."""
+    if args.report:
+        make_writable(args.report, "report")
     checkpoint = load_model(args, model)
     model.to(args.device)
     val_set = build_dataset(False, args)
@@ -421,6 +460,9 @@ def start_from_pretrained(model, source: str) -> None:
     size, patch_size = as_size(args.get("input_size") or 0), model.patch_embed.patch_size
     grid = (size[0] // patch_size, size[1] // patch_size) if all(size) else None
     weights = weights_of(checkpoint, source)
+    table = weights.get("pos_embed")
+    if grid and table is not None and grid[0] * grid[1] != table.shape[1] - 1:
+        grid = None  # the public MAE baseline noted --input_size without using it: a square
     for name in [name for name in weights if name.startswith("head.")]:
         logger.info("Removing key %s from pretrained checkpoint", name)
         del weights[name]

@@ -20,7 +20,7 @@ from util.loaders import build_train_loader
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
 from util.start_block import report_start
-from util.state import RunState
+from util.state import RunState, settle_resume
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,8 @@ def main(args) -> None:
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attend = get_attend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_pretrain_model(args, attend)
-    if args.init_from:
+    newest = settle_resume(args)
+    if args.init_from and not args.resume:
         load_matching(model, args.init_from)
     prepare_output(args)
     lr_text = run.set_lr(args, *lr_scale(args))
@@ -208,8 +209,8 @@ def main(args) -> None:
     optimizer = build_adamw(groups, args.lr, betas=(0.9, 0.95))
     loss_scaler = NativeScalerWithGradNormCount(amp_dtype, args.device.type)
     state = RunState(args, model, optimizer, loss_scaler)
-    if args.resume:
-        state.resume()
+    state.resume(newest)
+    del newest  # as large as the model and its optimizer
 
     state.take_data(dataset)
     data_text = f"{len(dataset)} images {dataset.origin}, {len(loader)} batches per epoch"

@@ -43,8 +43,8 @@ def test_flag(main, entry):
 
 
 @pytest.mark.parametrize("name", CLI["seed_commands"])
-def test_published_commands(name):
-    """The commands of the public README parse, mean what they say, and pass the checks."""
+def test_published_commands(name, caplog):
+    """The commands of the public README parse, mean what they say, and pass without a warning."""
     command = re.split(r"\s{2,}\(", CLI["seed_commands"][name])[0].split()
     main = "main_pretrain" if "pretrain" in name else "main_finetune"
     args = parser_of(main).parse_args(command)
@@ -53,6 +53,7 @@ def test_published_commands(name):
     if "epoch" in flags:
         assert args.epochs == 100
     importlib.import_module(main).check_args(args)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("main", MAINS)

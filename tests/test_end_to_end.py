@@ -116,6 +116,7 @@ def test_help(script):
     assert "--data_path" in out and "--epochs" in out
 
 
+NO_OUTPUT = ["--output_dir", ""]
 WRONG = {
     "kept_mask_ratio 0.9 exceeds": [main_pretrain, *PRETRAIN, *CROSS, "--kept_mask_ratio", "0.9"],
     "--mask_ratio is 1.5": [main_pretrain, *PRETRAIN, "--mask_ratio", "1.5"],
@@ -145,6 +146,16 @@ WRONG = {
     "Not started by mpirun": [main_pretrain, *PRETRAIN, "--dist_on_itp"],
     "--aa foo is no policy": [main_finetune, *FINETUNE, "--aa", "foo"],
     "give one of them": [main_finetune, *FINETUNE, "--eval", "--predict", "x", "--resume", "y"],
+    "--clip_grad is 0.0": [main_finetune, *FINETUNE, "--clip_grad", "0"],
+    "--keep_last needs": [main_finetune, *FINETUNE, "--keep_last", "2"],
+    "has nowhere to save": [main_pretrain, *PRETRAIN, "--save_every_minutes", "5", *NO_OUTPUT],
+    "the least first": [main_finetune, *FINETUNE, "--cutmix_minmax", "0.8", "0.2"],
+    "--mixup and --cutmix are": [main_finetune, *FINETUNE, "--mixup", "-1"],
+    "has BatchNorm": [
+        *(main_finetune, *FINETUNE, "--linear_probe", "--finetune", "x", "--batch_size", "1"),
+        *("--drop_path", "0"),
+    ],
+    "--device meta is not supported": [main_pretrain, *PRETRAIN, "--device", "meta"],
 }
 
 

@@ -94,3 +94,27 @@ def test_predict_reads_everything_from_the_checkpoint(runs, image_folder, tmp_pa
     rows = list(csv.DictReader(open(tmp_path / "predictions.csv")))
     assert len(rows) == 8 and {row["class"] for row in rows} <= {"a", "b"}
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_a_table_that_is_not_of_the_noted_size(tiny_mae, tiny_vit, tmp_path):
+    """The public MAE baseline notes an --input_size that it does not use; its table is square."""
+    weights = {"model": tiny_mae().state_dict(), "args": {"input_size": 448}}
+    torch.save(weights, tmp_path / "mae.pth")
+    model = tiny_vit()
+    main_finetune.start_from_pretrained(model, str(tmp_path / "mae.pth"))
+    assert model.pos_embed.equal(weights["model"]["pos_embed"])
+
+
+IDLE = {  # a flag that does nothing: with which others
+    "color_jitter": ["--color_jitter", "0.4"],
+    "mixup_prob": ["--mixup_prob", "0.5"],
+    "layer_decay": ["--layer_decay", "0.5", "--eval", "--resume", "x.pth"],
+    "input_size": ["--input_size", "48", "--predict", "x", "--resume", "x.pth"],
+    "finetune": ["--finetune", "y.pth", "--resume", "x.pth"],
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_a_flag_that_does_nothing_is_named(name, caplog):
+    main_finetune.check_args(main_finetune.parse_args(["--data_path", "x", *IDLE[name]]))
+    assert f"--{name} does nothing here" in caplog.text

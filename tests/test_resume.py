@@ -7,8 +7,10 @@ import pytest
 import torch
 from processes import OFTEN, STEPS, read_steps, undisturbed, wait_until
 
+from util import signals
 from util.checkpoint_file import read_checkpoint
-from util.state import RunState, get_random_state
+from util.optim import NativeScalerWithGradNormCount
+from util.state import RunState, get_random_state, remove_old, tidy_output
 
 CASES = {  # script, processes, loader processes of the run that is killed
     "pretrain": ("main_pretrain", 1, 0),
@@ -138,3 +140,38 @@ class Pictures(list):
     """As many pictures, of no class."""
 
     classes = ()
+
+
+def test_the_log_of_another_run_is_laid_aside(tmp_path, caplog):
+    """Going on from elsewhere into a folder that was used: nothing of its run is lost."""
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "checkpoint.pth").touch()
+    (used / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
+    args = Namespace(output_dir=str(used), resume=str(tmp_path / "other/checkpoint.pth"))
+    tidy_output(args, first_epoch=1)
+    (aside,) = used.glob("log-until-*.txt")
+    assert aside.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+    assert not (used / "log.txt").exists()
+    assert "holds a run already" in caplog.text
+
+
+def test_kept_files_of_an_earlier_run_do_not_count(tmp_path):
+    for epoch in (0, 1, 2, 8, 9):
+        (tmp_path / f"checkpoint-{epoch}.pth").touch()
+    remove_old(tmp_path, keep_last=2, epoch=2)
+    assert sorted(path.stem[-1] for path in tmp_path.iterdir()) == ["1", "2", "8", "9"]
+
+
+def test_a_stop_at_the_end_of_an_epoch_saves_it(tiny_cross, tmp_path, monkeypatch):
+    """Also of one that --save_every passes over."""
+    args = Namespace(output_dir=str(tmp_path), start_epoch=3, epochs=9, device=torch.device("cpu"))
+    vars(args).update(world_size=1, batch_size=1, accum_iter=1, seed=0)
+    vars(args).update(save_every=5, keep_every=0, keep_last=0)
+    model = tiny_cross()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = RunState(args, model, optimizer, NativeScalerWithGradNormCount())
+    monkeypatch.setattr(signals, "is_stop_asked", lambda: True)
+    with pytest.raises(signals.Interrupted):
+        state.end_epoch()
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 3

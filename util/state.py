@@ -47,15 +47,15 @@ class RunState:
         self.last_saved = ""  # file and position of the last checkpoint of this run, in words
         self.writer = None  # TensorBoard's, of the epoch that runs
 
-    def resume(self) -> None:
-        """Take up the run in args.resume; `auto` is the newest complete one in the output folder.
+    def resume(self, checkpoint: dict | None = None) -> None:
+        """Take up the run in args.resume, if there is one.
+
+        Args:
+            checkpoint: what that file holds, where settle_resume has read it.
 
         Raises:
             CheckpointError: the file cannot be read or fits another model.
         """
-        checkpoint = None
-        if self.args.resume == "auto":
-            self.args.resume, checkpoint = find_newest(Path(self.args.output_dir))
         if self.args.resume:
             checkpoint = load_model(
                 self.args, self.model, self.optimizer, self.loss_scaler, checkpoint
@@ -63,8 +63,6 @@ class RunState:
             self.epoch = self.args.start_epoch
             self.take_position(checkpoint.get("state"))
             self.last_saved = self.describe(self.args.resume)
-        else:
-            logger.info("No checkpoint in %s yet: starting fresh", self.args.output_dir)
         self.check_agreement()
 
     def describe(self, path: str | Path) -> str:
@@ -153,8 +151,7 @@ class RunState:
             self.save()
             logger.info("Saved at epoch %d, iteration %d", self.epoch, iteration)
         if is_stopping:
-            logger.info("Stopped by a signal; --resume auto goes on from here")
-            raise signals.Interrupted
+            self.stop()
 
     def end_epoch(self, acc1: float | None = None) -> None:
         """Move on to the next epoch, and write what is due.
@@ -162,6 +159,9 @@ class RunState:
         Args:
             acc1: accuracy of fine-tuning after this epoch; the best one is kept in a file of its
                 own.
+
+        Raises:
+            Interrupted: on every process, after saving, when any of them got a stop signal.
         """
         args, epoch = self.args, self.epoch
         self.epoch, self.iteration, self.meters = epoch + 1, 0, {}
@@ -171,15 +171,23 @@ class RunState:
             self.best = acc1
         keeps = args.keep_every > 0 and epoch % args.keep_every == 0
         is_last = self.epoch == args.epochs
-        if args.output_dir and (keeps or is_best or is_last or epoch % args.save_every == 0):
+        (is_stopping,) = all_reduce_max([signals.is_stop_asked()], args.device)
+        is_due = keeps or is_best or is_last or is_stopping or epoch % args.save_every == 0
+        if args.output_dir and is_due:
             links = [f"checkpoint-{epoch}.pth"] * keeps + ["checkpoint-best.pth"] * is_best
             self.save(links)
             if keeps and is_main_process():
-                remove_old(Path(args.output_dir), args.keep_last)
-        (is_stopping,) = all_reduce_max([signals.is_stop_asked()], args.device)
+                remove_old(Path(args.output_dir), args.keep_last, epoch)
         if is_stopping and not is_last:
+            self.stop()
+
+    def stop(self) -> None:
+        """Raises Interrupted, after saying where the run goes on."""
+        if self.args.output_dir:
             logger.info("Stopped by a signal; --resume auto goes on from here")
-            raise signals.Interrupted
+        else:
+            logger.info("Stopped by a signal; without --output_dir nothing was saved")
+        raise signals.Interrupted
 
     def save(self, links: list[str] = ()) -> None:
         """Write checkpoint.pth on rank 0, with the random states of all ranks.
@@ -241,6 +249,19 @@ def flush(writer) -> None:
         ) from error
 
 
+def settle_resume(args) -> dict | None:
+    """Put the file that `--resume auto` means into args.resume; what it holds.
+
+    That is the newest complete checkpoint in the output folder, or '' and None without one.
+    """
+    if args.resume != "auto":
+        return None
+    args.resume, checkpoint = find_newest(Path(args.output_dir))
+    if not args.resume:
+        logger.info("No checkpoint in %s yet: starting fresh", args.output_dir)
+    return checkpoint
+
+
 def find_newest(folder: Path) -> tuple[str, dict | None]:
     """The newest complete checkpoint of a folder, path and content; ('', None) if there is none.
 
@@ -255,27 +276,32 @@ def find_newest(folder: Path) -> tuple[str, dict | None]:
     return "", None
 
 
-def remove_old(folder: Path, keep_last: int) -> None:
-    """Delete all but the last `keep_last` of checkpoint-EPOCH.pth; 0 keeps all."""
-    numbered = [p for p in folder.glob("checkpoint-*.pth") if p.stem.split("-")[1].isdecimal()]
-    numbered.sort(key=lambda p: int(p.stem.split("-")[1]))
-    for path in numbered[:-keep_last] if keep_last else []:
-        path.unlink(missing_ok=True)
+def remove_old(folder: Path, keep_last: int, epoch: int) -> None:
+    """Delete all but the last `keep_last` of checkpoint-EPOCH.pth; 0 keeps all.
+
+    Args:
+        epoch: the present one; files of later epochs are another run's and stay.
+    """
+    names = [p.stem.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*.pth")]
+    epochs = sorted(int(name) for name in names if name.isdecimal() and int(name) <= epoch)
+    for number in epochs[:-keep_last] if keep_last else []:
+        (folder / f"checkpoint-{number}.pth").unlink(missing_ok=True)
 
 
 def tidy_output(args, first_epoch: int) -> None:
     """Clear the output folder of what an interrupted run left: half-written files, lines of log.txt
-    about epochs that will be run again. A fresh start lays the log of the run before it aside.
+    about epochs that will be run again. Where another run was, its log is laid aside.
     """
     folder = Path(args.output_dir)
     remove_leftovers(folder)
-    if not args.resume and (folder / "checkpoint.pth").exists():
+    goes_on = bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
+    if not goes_on and (folder / "checkpoint.pth").exists():
         logger.warning(
             "%s holds a run already; this one replaces its checkpoint.pth (--resume auto goes on)",
             folder,
         )
     log = folder / "log.txt"
-    if not args.resume and log.exists():
+    if not goes_on and log.exists():
         ended = datetime.datetime.fromtimestamp(log.stat().st_mtime)
         aside = log.with_name(f"log-until-{ended:%Y%m%d-%H%M%S}.txt")
         log.replace(aside)
