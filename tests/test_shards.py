@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shutil
 import tarfile
 from argparse import Namespace
 
@@ -193,3 +194,13 @@ def test_mistakes_end_in_a_sentence(pattern, sentence, tmp_path):
     path = pattern if "://" in pattern or "pipe" in pattern else pattern.format(tmp=tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         find_pictures(path)
+
+
+def test_tar_files_beside_pictures_are_refused(image_folder, tmp_path):
+    """Which of the two is meant? An archive left beside its class folders is not the data."""
+    shutil.copytree(image_folder, tmp_path / "data")
+    place = next((tmp_path / "data").glob("train"), tmp_path / "data")
+    with tarfile.open(place / "backup.tar", "w") as tar:
+        add(tar, "a.png", b"")
+    with pytest.raises(ValueError, match="holds tar files and pictures"):
+        find_pictures(str(tmp_path / "data"))

@@ -77,8 +77,8 @@ def check_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], skip=()) -
         if weights[name].shape != value.shape:
             raise CheckpointError(
                 f"{name} is {tuple(weights[name].shape)} in the checkpoint but "
-                f"{tuple(value.shape)} in the model; choose the --model (and --patch_size, "
-                "--in_chans) it was trained with."
+                f"{tuple(value.shape)} in the model; choose the --model (and --input_size, "
+                "--patch_size, --in_chans) it was trained with."
             )
 
 

@@ -44,7 +44,7 @@ from util.images import (
     to_tensor,
 )
 from util.report import imbalance_note
-from util.shards import is_shards
+from util.shards import find_shards, is_shards
 
 logger = logging.getLogger(__name__)
 
@@ -338,6 +338,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--limit is {args.limit}; it must be at least 1.")
     if args.num_workers < 0:
         raise ValueError(f"--num_workers is {args.num_workers}; it must not be negative.")
+    if "://" in args.path:
+        find_shards(args.path)  # says that it is not on a disk
     place = Path(args.path)
     parts = [place / name for name in ("train", "val") if (place / name).is_dir()] or [place]
     found = [show_part(part, args) for part in parts]

@@ -167,6 +167,7 @@ def find_pictures(data_path: str):
     if has_train:
         data_path = str(Path(data_path, "train"))
     if is_shards(data_path):
+        refuse_mixture(Path(data_path))
         samples = read_shards(data_path)
         return [], samples, f"in {len(samples.paths)} shards of {data_path}"
     folder = Path(data_path)
@@ -182,6 +183,16 @@ def find_pictures(data_path: str):
         classes, samples = list_classes(folder)
         return classes, samples, f"in {len(classes)} class folders of {folder}"
     return find_own_pictures(folder)
+
+
+def refuse_mixture(place: Path) -> None:
+    """Raises ValueError if a folder holds both tar files and pictures of its own."""
+    picture = next(find_images(place), None) if place.is_dir() else None
+    if picture is not None:
+        raise ValueError(
+            f"{place} holds tar files and pictures (such as {picture}); for the shards name "
+            f"them (--data_path '{place}/NAME-{{0000..0003}}.tar'), else move the tar files away."
+        )
 
 
 def find_own_pictures(folder: Path):

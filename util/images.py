@@ -128,7 +128,7 @@ def convert(img: Image.Image, mode: str) -> Image.Image:
     Raises:
         ValueError: the picture has 32 bits per value, whose range nobody knows.
     """
-    if img.mode.startswith("I;16"):
+    if img.mode.startswith("I;16") or (img.mode == "I" and img.format == "PPM"):  # 0..65535
         img = Image.fromarray((np.asarray(img) >> 8).astype(np.uint8))
     elif img.mode in ("I", "F"):
         raise ValueError("it has 32 bits per value; store it as a .npy array of float32")

@@ -138,11 +138,13 @@ def build_train_loader(dataset: Dataset, args) -> DeviceLoader:
     """
     batches = TrainBatches(len(dataset), args.batch_size, args.seed)
     if len(batches) < args.accum_iter:
-        remedy = "--batch_size" if args.accum_iter == 1 else "one of them"
+        remedy = "lower --batch_size" if args.accum_iter == 1 else "lower one of them"
+        if args.batch_size == args.accum_iter == 1:
+            remedy = "start fewer processes"
         raise ValueError(
             f"{len(dataset)} training images give {len(batches)} batches per epoch (--batch_size "
             f"{args.batch_size} on each of {batches.world_size} ranks), fewer than --accum_iter "
-            f"{args.accum_iter}, so the weights would never change; lower {remedy}."
+            f"{args.accum_iter}, so the weights would never change; {remedy}."
         )
     return build_loader(dataset, batches, args)
 

@@ -22,6 +22,10 @@ DARKEST = (8, 48, 107)  # a cell that holds its whole row
 TEXT_SIZE = 11
 
 
+# names of files that are no UTF-8 come out as they are on the disk
+NAMES = dict(encoding="utf-8", errors="surrogateescape")
+
+
 def name_classes(args, num_classes: int) -> list[str]:
     """Class names of a checkpoint; their numbers where it has none."""
     names = list(getattr(args, "class_names", None) or [])
@@ -44,7 +48,7 @@ def predict_files(
     header = ["file", "class", "probability"]
     header += [name for i in range(2, count + 1) for name in (f"class_{i}", f"probability_{i}")]
     names = iter(files)
-    with whole_file(out) as waiting, open(waiting, "w", newline="", encoding="utf-8") as file:
+    with whole_file(out) as waiting, open(waiting, "w", newline="", **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for logits, _ in run_batches(model, loader, args.device, args.amp, "predict"):
@@ -92,7 +96,7 @@ def write_report(folder: str | Path, matrix: Tensor, classes: list[str]) -> list
 
 
 def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
-    with whole_file(path) as waiting, open(waiting, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as waiting, open(waiting, "w", newline="", **NAMES) as file:
         csv.writer(file).writerows(rows)
 
 

@@ -157,7 +157,8 @@ def run(main, args) -> None:
         if os.environ.get("CROSSMAE_TRACEBACK") or not is_meant_for_users(error):
             raise
         # The error of a loader process brings its traceback along; the sentence is the last line.
-        sentence = str(error).strip().splitlines()[-1].split(f"{type(error).__qualname__}: ")[-1]
+        text = str(error).strip() or type(error).__qualname__
+        sentence = text.splitlines()[-1].split(f"{type(error).__qualname__}: ")[-1]
         logger.error("Error: %s", sentence)
         sys.exit(1)
     except RuntimeError as error:

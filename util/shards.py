@@ -128,6 +128,8 @@ def list_choices(inside: str) -> list[str]:
     if not numbers:
         return inside.split(",")
     first, last = numbers.groups()
+    if int(last) < int(first):
+        raise ValueError(f"{{{inside}}} counts down; write {{{last}..{first}}}.")
     return [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
 
 
