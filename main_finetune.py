@@ -21,6 +21,7 @@ from util.cli import check_shared, make_writable, prepare_output, shared_parser
 from util.compile import compile_blocks
 from util.datasets import build_dataset, check_same_classes
 from util.distributed import broadcast_buffers, wrap_ddp
+from util.errors import UserError
 from util.evaluation import list_files
 from util.images import find_classes
 from util.loaders import build_eval_loader, build_train_loader
@@ -213,34 +214,34 @@ def check_args(args) -> None:
     """Refuse flags that would not act.
 
     Raises:
-        ValueError: with the flag and the remedy.
+        UserError: with the flag and the remedy.
     """
     check_shared(args)
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixes and args.batch_size % 2 and not args.eval:
-        raise ValueError(f"Mixup pairs images: --batch_size {args.batch_size} must be even.")
+        raise UserError(f"Mixup pairs images: --batch_size {args.batch_size} must be even.")
     if (args.eval or args.predict) and args.resume in ("", "auto"):
-        raise ValueError("--eval and --predict need a fine-tuned checkpoint: add --resume FILE.")
+        raise UserError("--eval and --predict need a fine-tuned checkpoint: add --resume FILE.")
     if args.eval and args.predict:
-        raise ValueError("--eval wants labels and --predict has none: give one of them.")
+        raise UserError("--eval wants labels and --predict has none: give one of them.")
     if args.report and not args.eval:
-        raise ValueError("--report describes an evaluation: add --eval --resume FILE.")
+        raise UserError("--report describes an evaluation: add --eval --resume FILE.")
     if args.linear_probe and (mixes or args.drop_path):
-        raise ValueError("--linear_probe trains a frozen encoder: leave out mixup and drop path.")
+        raise UserError("--linear_probe trains a frozen encoder: leave out mixup and drop path.")
     if args.linear_probe and not (args.finetune or args.resume):
-        raise ValueError("--linear_probe needs a pre-trained encoder: add --finetune FILE.")
+        raise UserError("--linear_probe needs a pre-trained encoder: add --finetune FILE.")
     if args.cutmix_minmax is not None and not is_range(args.cutmix_minmax):
-        raise ValueError("--cutmix_minmax takes two shares from 0 to 1, the least first.")
+        raise UserError("--cutmix_minmax takes two shares from 0 to 1, the least first.")
     if args.mixup < 0 or args.cutmix < 0:
-        raise ValueError("--mixup and --cutmix are at least 0 (0: off).")
+        raise UserError("--mixup and --cutmix are at least 0 (0: off).")
     if args.linear_probe and args.batch_size == 1:
-        raise ValueError("--linear_probe has BatchNorm, which needs a --batch_size of 2 or more.")
+        raise UserError("--linear_probe has BatchNorm, which needs a --batch_size of 2 or more.")
     if not 0 <= args.drop_path < 1:
-        raise ValueError(f"--drop_path is {args.drop_path}; it must be at least 0 and below 1.")
+        raise UserError(f"--drop_path is {args.drop_path}; it must be at least 0 and below 1.")
     if not 0 < args.layer_decay <= 1:
-        raise ValueError(f"--layer_decay is {args.layer_decay}; it must be above 0, at most 1.")
+        raise UserError(f"--layer_decay is {args.layer_decay}; it must be above 0, at most 1.")
     if not 0 <= args.smoothing < 1:
-        raise ValueError(f"--smoothing is {args.smoothing}; it must be at least 0 and below 1.")
+        raise UserError(f"--smoothing is {args.smoothing}; it must be at least 0 and below 1.")
     check_augmentation(args)
     warn_idle(args)
 
@@ -279,7 +280,7 @@ def check_augmentation(args) -> None:
     """Refuse what cannot be applied to the pictures.
 
     Raises:
-        ValueError: --aa is no policy, or wants colours where there are none.
+        UserError: --aa is no policy, or wants colours where there are none.
     """
     if args.eval or args.predict:
         return
@@ -288,13 +289,11 @@ def check_augmentation(args) -> None:
             args.aa = ""
             logger.info("Without --aa: it works on 3 channels")
         if args.aa or args.color_jitter:
-            raise ValueError(
-                "--aa and --color_jitter work on 3 channels; leave them out (--aa '')."
-            )
+            raise UserError("--aa and --color_jitter work on 3 channels; leave them out (--aa '').")
     try:
         build_transform(True, args)
     except AssertionError as error:  # so timm says it
-        raise ValueError(
+        raise UserError(
             f"--aa {args.aa} is no policy of timm; rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 and "
             "original-mstd0.5 are, '' is none."
         ) from error
@@ -306,7 +305,7 @@ def check_classes(args) -> None:
     Looks at folder names only, so it takes no longer for a million images.
 
     Raises:
-        ValueError: training and validation classes differ, or --nb_classes is not their number.
+        UserError: training and validation classes differ, or --nb_classes is not their number.
     """
     splits = ["val"] if args.eval else ["train", "val"]
     classes, *others = (find_classes(Path(args.data_path, split)) for split in splits)
@@ -315,7 +314,7 @@ def check_classes(args) -> None:
     if args.nb_classes is None:
         args.nb_classes = len(classes)
     elif args.nb_classes != len(classes):
-        raise ValueError(
+        raise UserError(
             f"--nb_classes is {args.nb_classes} but {args.data_path} has {len(classes)} class "
             "folders; correct the flag or leave it out."
         )
@@ -418,7 +417,7 @@ def evaluate_checkpoint(args, model) -> None:
     trained_on = checkpoint.get("class_names") or val_set.classes
     if trained_on != val_set.classes:
         odd = sorted(set(trained_on) ^ set(val_set.classes))
-        raise ValueError(
+        raise UserError(
             f"{args.resume} was trained on other classes than {args.data_path}/val has (such as "
             f"{', '.join(odd[:3])}); evaluate on the data set it belongs to."
         )
@@ -438,7 +437,7 @@ def predict(args) -> None:
     """--predict: classes of unlabelled pictures, from all that the checkpoint says of itself."""
     model, trained = load_trained(args.resume, model=args.model)
     if not hasattr(trained, "nb_classes"):
-        raise ValueError(
+        raise UserError(
             f"{args.resume} is a pre-trained model, which knows no classes; --predict needs one "
             "that was fine-tuned."
         )

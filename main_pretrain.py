@@ -16,6 +16,7 @@ from util.cli import check_shared, prepare_output, shared_parser
 from util.compile import compile_blocks
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
+from util.errors import UserError
 from util.loaders import build_train_loader
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
@@ -148,16 +149,14 @@ def check_args(args) -> None:
     """Refuse flags that would not act.
 
     Raises:
-        ValueError: with the flag and the remedy.
+        UserError: with the flag and the remedy.
     """
     check_shared(args)
     if args.init_from and args.resume not in ("", "auto"):
-        raise ValueError(
-            "--init_from starts a run and --resume goes on with one: give one of them."
-        )
+        raise UserError("--init_from starts a run and --resume goes on with one: give one of them.")
     for name in ("mask_ratio", "kept_mask_ratio"):  # both enter lr, for the baseline too
         if not 0 < getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must lie between 0 and 1.")
+            raise UserError(f"--{name} is {getattr(args, name)}; it must lie between 0 and 1.")
     if not args.cross_mae and not args.no_lr_scale and args.kept_mask_ratio != args.mask_ratio:
         logger.warning(
             "MAE predicts every hidden patch, but --kept_mask_ratio %g scales its lr, as in the "
@@ -165,17 +164,17 @@ def check_args(args) -> None:
             args.kept_mask_ratio,
         )
     if args.log_images and not (args.output_dir or args.log_dir):
-        raise ValueError("--log_images draws on TensorBoard: give --output_dir or --log_dir.")
+        raise UserError("--log_images draws on TensorBoard: give --output_dir or --log_dir.")
     if args.decoder_depth < 1:
-        raise ValueError(f"--decoder_depth is {args.decoder_depth}; it must be at least 1.")
+        raise UserError(f"--decoder_depth is {args.decoder_depth}; it must be at least 1.")
     if not args.cross_mae:
         for flag in ("weight_fm", "use_input", "self_attn"):
             if getattr(args, flag):
-                raise ValueError(f"--{flag} belongs to CrossMAE: add --cross_mae or leave it out.")
+                raise UserError(f"--{flag} belongs to CrossMAE: add --cross_mae or leave it out.")
         if args.use_fm != [-1]:
-            raise ValueError("--use_fm belongs to CrossMAE: add --cross_mae or leave it out.")
+            raise UserError("--use_fm belongs to CrossMAE: add --cross_mae or leave it out.")
     elif not args.weight_fm and (args.use_input or args.use_fm != [-1]):
-        raise ValueError("--use_input and --use_fm choose what --weight_fm mixes: add --weight_fm.")
+        raise UserError("--use_input and --use_fm choose what --weight_fm mixes: add --weight_fm.")
 
 
 def lr_scale(args) -> tuple[float, str]:

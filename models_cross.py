@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from util.attention import Attend
 from util.blocks import CrossAttentionBlock
+from util.errors import UserError
 from util.masking import Masking
 from util.recompute import mix
 from util.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
@@ -172,13 +173,13 @@ def resolve_feature_maps(use_fm: Sequence[int], depth: int) -> list[int]:
     """Block numbers to mix, in encoder order.
 
     Raises:
-        ValueError: a block does not exist or is named twice.
+        UserError: a block does not exist or is named twice.
     """
     if list(use_fm) == [-1]:
         return list(range(depth))
     blocks = sorted(i + depth if i < 0 else i for i in use_fm)
     if not blocks or blocks[0] < 0 or blocks[-1] >= depth or len(set(blocks)) < len(blocks):
-        raise ValueError(
+        raise UserError(
             f"use_fm {list(use_fm)} does not fit an encoder of {depth} blocks: give different "
             f"numbers from {-depth} to {depth - 1}, or -1 alone for all blocks."
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from util.attention import Attend
 from util.blocks import LayerNorm
+from util.errors import UserError
 from util.vit import BASE, HUGE, LARGE, MINI, SMALL, ViTBackbone
 
 
@@ -40,7 +41,7 @@ class VisionTransformer(ViTBackbone):
             drop_path_rate: stochastic depth of the last block, rising linearly from 0.
         """
         if not qkv_bias:
-            raise ValueError("qkv_bias=False is not supported: the published models have it.")
+            raise UserError("qkv_bias=False is not supported: the published models have it.")
         super().__init__(
             img_size,
             patch_size,

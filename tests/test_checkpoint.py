@@ -24,13 +24,13 @@ from processes import ROOT
 from util import download
 from util.checkpoint import load_encoder, load_matching, load_strict
 from util.checkpoint_file import (
-    CheckpointError,
     kind_of,
     read_checkpoint,
     strip_prefixes,
     weights_of,
     write_checkpoint,
 )
+from util.errors import CheckpointError
 
 SENTENCE_END = (".", ")")
 

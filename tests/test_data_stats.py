@@ -14,6 +14,7 @@ from PIL import Image
 import main_finetune
 import main_pretrain
 from util import data_stats
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -232,7 +233,7 @@ def test_default_mean_needs_no_flag(capsys, tmp_path):
     ],
 )
 def test_mistakes_end_in_a_sentence(path, more, sentence, capsys, tmp_path):
-    with pytest.raises((FileNotFoundError, ValueError), match=sentence):
+    with pytest.raises(UserError, match=sentence):
         stats(capsys, tmp_path / path, *more)
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from util import demo_data
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,15 +86,15 @@ def test_interrupted_or_damaged_folder_is_completed(tmp_path, monkeypatch):
 
 def test_foreign_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not written by this tool"):
+    with pytest.raises(UserError, match="not written by this tool"):
         demo_data.write_demo_data(tmp_path)
     assert relative_files(tmp_path) == {"thesis.txt"}
-    with pytest.raises(FileExistsError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         demo_data.write_demo_data(tmp_path / "thesis.txt")
 
 
 def test_other_settings_are_refused(written):
-    with pytest.raises(FileExistsError, match="other settings"):
+    with pytest.raises(UserError, match="other settings"):
         demo_data.write_demo_data(written, labels_per_class=4)
 
 
@@ -114,6 +115,6 @@ def test_without_scikit_learn_it_says_what_to_install(tmp_path):
         text=True,
     )
     assert result.returncode == 1
-    assert result.stderr.startswith("Error: ") and len(result.stderr.splitlines()) == 1
-    assert "pip install -r scripts/requirements-demo.txt" in result.stderr
+    assert "Error: " in result.stdout and len(result.stdout.splitlines()) == 1, result.stderr
+    assert "pip install -r scripts/requirements-demo.txt" in result.stdout
     assert not (tmp_path / "digits").exists()

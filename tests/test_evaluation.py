@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from util import evaluation
+from util.errors import UserError
 
 ARGS = dict(input_size=32, in_chans=3, mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3])
 FLAGS = dict(batch_size=3, num_workers=0, device="cpu", amp="off")
@@ -35,9 +36,9 @@ def test_files_are_listed_in_order(image_folder, tmp_path):
     val = image_folder / "val"
     files = evaluation.list_files([val, str(val / "b" / "3.png")])
     assert files == [str(p) for p in sorted(val.glob("*/*"))] + [str(val / "b" / "3.png")]
-    with pytest.raises(FileNotFoundError, match="no picture in .*name another"):
+    with pytest.raises(UserError, match="no picture in .*name another"):
         evaluation.list_files([tmp_path])
-    with pytest.raises(FileNotFoundError, match="no file or folder .*nowhere"):
+    with pytest.raises(UserError, match="no file or folder .*nowhere"):
         evaluation.list_files([tmp_path / "nowhere"])
 
 

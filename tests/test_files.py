@@ -4,24 +4,28 @@ import os
 
 import pytest
 
-from util.files import link_or_copy, whole_file
+from util.errors import UserError
+from util.files import atomic_write, link_or_copy
 
 
 def test_a_file_is_whole_or_as_before(tmp_path):
     path = tmp_path / "new" / "out.csv"
-    with whole_file(path) as waiting:
+    with atomic_write(path) as waiting:
         waiting.write_text("first")
         waiting.chmod(0o600)
         assert not path.exists()
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-    with pytest.raises(RuntimeError, match="on the way"), whole_file(path) as waiting:
+    with (
+        pytest.raises(RuntimeError, match="on the way"),
+        atomic_write(path) as waiting,
+    ):
         waiting.write_text("second, ha")
         raise RuntimeError("on the way")
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
     for bad in (path.parent, path / "below a file"):
-        with pytest.raises(OSError, match="Cannot write"), whole_file(bad):
+        with pytest.raises(UserError, match="Cannot write"), atomic_write(bad):
             pytest.fail("the block must not begin")
 
 

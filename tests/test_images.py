@@ -14,14 +14,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from util.images import (
-    BadImage,
-    find_classes,
-    find_images,
-    normalize,
-    open_image,
-    read_image,
-)
+from util.errors import BadImage, UserError
+from util.images import find_classes, find_images, normalize, open_image, read_image
 from util.transforms import FastPretrainTransform, build_pretrain_transform, build_transform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -298,7 +292,7 @@ def locked_folder():
 
 def test_an_unreadable_folder_is_named(locked_folder):
     message = f"Cannot read the folder {re.escape(str(locked_folder))} .Permission denied"
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(UserError, match=message):
         list(find_images(locked_folder.parent))
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(UserError, match=message):
         find_classes(locked_folder)

@@ -18,7 +18,7 @@ UTIL_LAYERS = [
     set(layer.split())
     for layer in (
         "attention masking patches pos_embed lr_sched lr_decay optim cli distributed download "
-        "errors files images pictures recompute signals textbook transforms",
+        "errors files images pictures rng recompute signals textbook transforms",
         "blocks metrics checkpoint_file checkpoint datasets loaders run shards start_block state "
         "train_log views",
         "vit compile measure evaluation report decoder_attention board",
@@ -27,7 +27,7 @@ UTIL_LAYERS = [
 MAIN = len(UTIL_LAYERS) + 2  # and tools
 ABOVE_MODELS = {"build"}  # of util: makes models from flags, for the scripts and the tools
 # Parts of util that models are made of: as strict as models_*.
-MODEL_PARTS = {"vit", "blocks", "masking", "patches", "pos_embed", "recompute"}
+MODEL_PARTS = {"vit", "blocks", "masking", "patches", "pos_embed", "recompute", "errors"}
 NOT_FOR_MODELS = {"argparse", "os", "sys", "pathlib", "subprocess", "torch.distributed"}
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 import util.loaders
 from engine_pretrain import train_one_epoch
 from util.datasets import MAX_ATTEMPTS, build_dataset, build_pretrain_dataset
-from util.images import BadImage
+from util.errors import BadImage
 from util.loaders import (
     EvalBatches,
     TrainBatches,

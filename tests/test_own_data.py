@@ -20,7 +20,7 @@ import main_finetune
 import main_pretrain
 from util import run
 from util.datasets import build_dataset, build_pretrain_dataset, find_pictures
-from util.images import BadImage
+from util.errors import BadImage
 
 TINY = (
     "--patch_size 16 --input_size 32 --batch_size 2 --epochs 1 --warmup_epochs 0 --num_workers 0 "

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from util import plot_log
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +42,7 @@ def test_a_torn_last_line_is_left_out(tmp_path, caplog):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="output folder of a run"):
+    with pytest.raises(UserError, match="output folder of a run"):
         plot_log.read_log(str(tmp_path))
     other = write_log(tmp_path / "a", ["hello", {"epoch": 0}])
     with pytest.raises(ValueError, match="Line 1"):

@@ -13,7 +13,8 @@ from PIL import Image
 from processes import PRETRAIN, read_log, warm
 
 from util.datasets import build_pretrain_dataset, find_pictures
-from util.images import BadImage, open_image
+from util.errors import BadImage, UserError
+from util.images import open_image
 from util.loaders import build_train_loader
 from util.shards import expand, read_shards
 
@@ -192,7 +193,7 @@ def test_mistakes_end_in_a_sentence(pattern, sentence, tmp_path):
         with tarfile.open(tmp_path / name, "w") as tar:
             add(tar, "notes.txt", b"no picture")
     path = pattern if "://" in pattern or "pipe" in pattern else pattern.format(tmp=tmp_path)
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+    with pytest.raises(UserError, match=sentence):
         find_pictures(path)
 
 

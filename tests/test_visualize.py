@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from util import visualize
-from util.checkpoint_file import CheckpointError
 from util.cli import IMAGENET_MEAN, IMAGENET_STD
 from util.decoder_attention import (
     attention_grid,
@@ -19,6 +18,7 @@ from util.decoder_attention import (
     catch_outputs,
     read_attention,
 )
+from util.errors import CheckpointError, UserError
 from util.patches import patchify
 from util.pictures import (
     GREY,
@@ -476,9 +476,9 @@ def test_choice_of_images(tmp_path, image_folder):
     assert visualize.choose_images([str(image_folder)], 4) == everything[::4]
     one = everything[5]
     assert visualize.choose_images([one], 8) == [one]
-    with pytest.raises(FileNotFoundError, match="no file or folder"):
+    with pytest.raises(UserError, match="no file or folder"):
         visualize.choose_images([str(tmp_path / "none")], 8)
-    with pytest.raises(FileNotFoundError, match="no picture"):
+    with pytest.raises(UserError, match="no picture"):
         visualize.choose_images([str(tmp_path)], 8)
     with pytest.raises(ValueError, match="--images"):
         visualize.choose_images([], 8)

@@ -39,6 +39,7 @@ from util.cli import IMAGENET_MEAN, IMAGENET_STD
 from util.compile import compile_blocks
 from util.datasets import seeded
 from util.distributed import choose_device
+from util.errors import UserError
 from util.images import find_images, normalize, open_image, read_image
 from util.lr_decay import param_groups_weight_decay
 from util.masking import count_patches
@@ -206,7 +207,7 @@ def measure_loader(args, device: torch.device, clock: Clock) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         paths = list(find_images(Path(args.images or cut_photographs(Path(folder)))))
         if not paths:
-            raise ValueError(f"There is no picture in {args.images}; name a folder of JPEG files.")
+            raise UserError(f"There is no picture in {args.images}; name a folder of JPEG files.")
         return compare_chains(args, paths, clock)
 
 
@@ -215,7 +216,7 @@ def cut_photographs(folder: Path) -> Path:
     try:
         from sklearn.datasets import load_sample_images
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             "Without --images FOLDER the photographs of scikit-learn are used: install it with "
             "`pip install -r scripts/requirements-demo.txt`."
         ) from error
@@ -312,10 +313,10 @@ def measure_save(args, device: torch.device, clock: Clock) -> dict:
 def main(args) -> dict:
     """Measure, print a table, and with --json one object on the last line."""
     if args.compile and args.what != "step":
-        raise ValueError(f"--compile is measured by --what step, not by --what {args.what}.")
+        raise UserError(f"--compile is measured by --what step, not by --what {args.what}.")
     for name in ("repeats", "steps", "batch_size"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
     device = choose_device(args.device, 0)
     if args.threads:
         torch.set_num_threads(args.threads)

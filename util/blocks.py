@@ -10,6 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from util.attention import Attend
+from util.errors import UserError
 from util.patches import take_patches
 from util.recompute import linear_after
 
@@ -22,7 +23,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
         if img_size[0] % patch_size or img_size[1] % patch_size:
-            raise ValueError(
+            raise UserError(
                 f"Input size {img_size[0]}x{img_size[1]} does not divide by patch size "
                 f"{patch_size}; choose a multiple of it for both sides."
             )
@@ -36,11 +37,11 @@ class PatchEmbed(nn.Module):
         """imgs (B, C, H, W) -> (B, L, D), or only the patches ids (B, V) -> (B, V, D).
 
         Raises:
-            ValueError: the pictures are not of the size and channels the model was built for.
+            UserError: the pictures are not of the size and channels the model was built for.
         """
         expected = (self.proj.in_channels, *self.img_size)
         if imgs.shape[1:] != expected:
-            raise ValueError(
+            raise UserError(
                 f"The model was built for pictures of {expected} (channels, height, width), "
                 f"got {tuple(imgs.shape[1:])}; build it with this size or resize the pictures."
             )
@@ -158,6 +159,6 @@ class CrossAttentionBlock(nn.Module):
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Raises ValueError when dim does not divide by num_heads."""
+    """Raises UserError when dim does not divide by num_heads."""
     if dim % num_heads:
-        raise ValueError(f"Width {dim} does not divide by {num_heads} heads; change one of them.")
+        raise UserError(f"Width {dim} does not divide by {num_heads} heads; change one of them.")

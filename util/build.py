@@ -9,8 +9,9 @@ import models_cross
 import models_mae
 import models_vit
 from util.checkpoint import load_strict
-from util.checkpoint_file import CheckpointError, kind_of, read_checkpoint, weights_of
+from util.checkpoint_file import kind_of, read_checkpoint, weights_of
 from util.cli import fill_channels
+from util.errors import CheckpointError, UserError
 from util.masking import count_patches
 
 PRETRAIN_DEFAULTS = dict(
@@ -35,7 +36,7 @@ def build_pretrain_model(args, attend=None) -> nn.Module:
     """The MAE or CrossMAE that the flags describe.
 
     Raises:
-        ValueError: unknown name, or flags that do not go together.
+        UserError: unknown name, or flags that do not go together.
     """
     module = models_cross if args.cross_mae else models_mae
     options = dict(
@@ -62,7 +63,7 @@ def build_classifier(args, attend=None) -> nn.Module:
     """The classifier that the flags describe.
 
     Raises:
-        ValueError: unknown name, or sizes that do not fit.
+        UserError: unknown name, or sizes that do not fit.
     """
     options = {} if args.patch_size is None else {"patch_size": args.patch_size}
     model = find_factory(models_vit, "vit_", args.model)(
@@ -82,11 +83,11 @@ def find_factory(module, prefix: str, name: str):
     """The factory of that name.
 
     Raises:
-        ValueError: there is none; lists those there are.
+        UserError: there is none; lists those there are.
     """
     names = sorted(n for n in vars(module) if n.startswith(prefix))
     if name not in names:
-        raise ValueError(f"There is no --model {name}; choose one of {', '.join(names)}.")
+        raise UserError(f"There is no --model {name}; choose one of {', '.join(names)}.")
     return getattr(module, name)
 
 

@@ -10,15 +10,14 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from util.checkpoint_file import (
-    PLAIN,
-    CheckpointError,
     kind_of,
+    plain_args,
     read_checkpoint,
     strip_prefixes,
     weights_of,
     write_checkpoint,
 )
-from util.errors import one_line
+from util.errors import CheckpointError, one_line
 from util.pos_embed import interpolate_pos_embed
 
 logger = logging.getLogger(__name__)
@@ -177,9 +176,7 @@ def save_model(
         "optimizer": optimizer.state_dict(),
         "epoch": epoch,
         "scaler": loss_scaler.state_dict(),
-        "args": {
-            k: v if isinstance(v, (*PLAIN, list, tuple)) else str(v) for k, v in vars(args).items()
-        },
+        "args": plain_args(args),
         **(extra or {}),
     }
     folder = Path(args.output_dir)

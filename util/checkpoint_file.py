@@ -6,12 +6,11 @@ from the file.
 """
 
 import argparse
-import contextlib
 import json
 import logging
-import os
 import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,17 +18,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from util.download import fetch
-from util.errors import one_line
-from util.files import link_or_copy, room_left, sync_folder
+from util.errors import CheckpointError, one_line
+from util.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
 PLAIN = (str, int, float, bool, type(None))  # besides lists and tuples of them
 PREFIXES = ("module.", "_orig_mod.")  # of DDP and compile
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file is damaged, hostile, or not of the kind that is needed."""
 
 
 def read_checkpoint(source: str | Path) -> dict:
@@ -68,8 +63,7 @@ def read_checkpoint(source: str | Path) -> dict:
             "'model' or a state dict is needed."
         )
     return {
-        key: plain_args(path, value) if key == "args" else value
-        for key, value in checkpoint.items()
+        key: read_args(path, value) if key == "args" else value for key, value in checkpoint.items()
     }
 
 
@@ -122,7 +116,7 @@ def explain_refusal(path: Path, size: int, error: Exception) -> str:
     )
 
 
-def plain_args(path: Path, args) -> dict:
+def read_args(path: Path, args) -> dict:
     """Arguments of a run as a dict of plain values; anything else is left out, and named."""
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
@@ -169,44 +163,22 @@ def kind_of(weights: dict[str, Tensor]) -> str:
     return "encoder" if "patch_embed.proj.weight" in weights else "unknown"
 
 
-def write_checkpoint(checkpoint: dict, path: Path, links: list[Path] = ()) -> None:
-    """Write a file that is either complete or not there, and never harms the one before.
+def plain_args(args: argparse.Namespace) -> dict:
+    """Arguments as plain values and lists of them; of anything else its text."""
+    return {k: v if isinstance(v, (*PLAIN, list, tuple)) else str(v) for k, v in vars(args).items()}
 
-    Written beside its place, flushed to the disk, then renamed.
+
+def write_checkpoint(checkpoint: dict, path: Path, links: Sequence[Path] = ()) -> None:
+    """Write a checkpoint that is complete or absent and never harms the previous one.
 
     Args:
-        links: further names of the same file; set before its own, so that none is ever newer.
+        links: further names of the same file.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; says where, with the room left.
+        UserError: the disk is full or the folder cannot be written.
     """
-    pid = os.getpid()
-    waiting = path.with_name(f"{path.name}.tmp.{pid}")
-    try:
-        with open(waiting, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for link in links:
-            second = link.with_name(f"{link.name}.tmp.{pid}")
-            second.unlink(missing_ok=True)
-            link_or_copy(waiting, second)
-            os.replace(second, link)
-        os.replace(waiting, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        for leftover in (waiting, *(link.with_name(f"{link.name}.tmp.{pid}") for link in links)):
-            with contextlib.suppress(OSError):
-                leftover.unlink()
-        before = "the one before it is as it was" if path.exists() else "there is none before it"
-        raise OSError(
-            f"Cannot write the checkpoint {path} ({one_line(error)}; {room_left(path.parent)}); "
-            f"{before}."
-        ) from error
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what an interrupted write left behind."""
-    for name in ("*.pth.tmp.*", "log.txt.tmp.*"):
-        for leftover in folder.glob(name):
-            leftover.unlink(missing_ok=True)
+    with atomic_write(path, links, parents=False) as tmp_path:
+        try:
+            torch.save(checkpoint, tmp_path)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(one_line(error)) from error

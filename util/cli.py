@@ -9,6 +9,7 @@ import os
 import platform
 from pathlib import Path
 
+from util.errors import UserError
 from util.patches import as_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -243,31 +244,31 @@ def check_shared(args: argparse.Namespace) -> None:
     """Fill in what depends on other flags, and refuse what cannot work.
 
     Raises:
-        ValueError: with the flag, its value and the remedy.
+        UserError: with the flag, its value and the remedy.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name in AT_LEAST_ONE:
         if given.get(name, 1) < 1:
-            raise ValueError(f"--{name} is {given[name]}; it must be at least 1.")
+            raise UserError(f"--{name} is {given[name]}; it must be at least 1.")
     for name in NOT_NEGATIVE:
         if not given.get(name, 0) >= 0:  # nan neither
-            raise ValueError(f"--{name} is {given[name]}; it must not be negative.")
+            raise UserError(f"--{name} is {given[name]}; it must not be negative.")
     if not given.get("clip_grad", 1) > 0:
-        raise ValueError(f"--clip_grad is {args.clip_grad}: no step at all; leave it out instead.")
+        raise UserError(f"--clip_grad is {args.clip_grad}: no step at all; leave it out instead.")
     if args.keep_last and not args.keep_every:
-        raise ValueError("--keep_last needs checkpoint-EPOCH.pth files: give --keep_every too.")
+        raise UserError("--keep_last needs checkpoint-EPOCH.pth files: give --keep_every too.")
     if args.save_every_minutes and not args.output_dir:
-        raise ValueError("--save_every_minutes has nowhere to save: give --output_dir.")
+        raise UserError("--save_every_minutes has nowhere to save: give --output_dir.")
     if min(as_size(args.input_size)) < 1:
-        raise ValueError(f"--input_size is {args.input_size}; it must be at least 1.")
+        raise UserError(f"--input_size is {args.input_size}; it must be at least 1.")
     if not args.data_path:
-        raise ValueError("--data_path is empty (an unset variable?); name the data's folder.")
+        raise UserError("--data_path is empty (an unset variable?); name the data's folder.")
     if args.compile and args.grad_checkpointing:
-        raise ValueError("--compile plans memory itself: leave out --grad_checkpointing.")
+        raise UserError("--compile plans memory itself: leave out --grad_checkpointing.")
     if args.skip_bad_images and getattr(args, "eval", False):
-        raise ValueError("--skip_bad_images is for training, --eval counts every image: drop it.")
+        raise UserError("--skip_bad_images is for training, --eval counts every image: drop it.")
     if args.resume == "auto" and not args.output_dir:
-        raise ValueError("--resume auto looks in the output folder: give --output_dir.")
+        raise UserError("--resume auto looks in the output folder: give --output_dir.")
     fill_channels(args)
 
 
@@ -275,7 +276,7 @@ def fill_channels(args: argparse.Namespace) -> None:
     """Mean and deviation of every channel: the flags', ImageNet's for 3 channels, else 0.5.
 
     Raises:
-        ValueError: their number does not fit, or a deviation is not above 0.
+        UserError: their number does not fit, or a deviation is not above 0.
     """
     default_mean, default_std = (
         (IMAGENET_MEAN, IMAGENET_STD) if args.in_chans == 3 else ((0.5,),) * 2
@@ -283,17 +284,17 @@ def fill_channels(args: argparse.Namespace) -> None:
     args.mean = spread(args.mean or default_mean, args.in_chans, "--mean")
     args.std = spread(args.std or default_std, args.in_chans, "--std")
     if min(args.std) <= 0:
-        raise ValueError(f"--std holds {min(args.std)}; deviations must be above 0.")
+        raise UserError(f"--std holds {min(args.std)}; deviations must be above 0.")
 
 
 def spread(values, in_chans: int, flag: str) -> list[float]:
     """One value per channel; a single value stands for all.
 
     Raises:
-        ValueError: there are neither one nor in_chans values.
+        UserError: there are neither one nor in_chans values.
     """
     if len(values) not in (1, in_chans):
-        raise ValueError(
+        raise UserError(
             f"{flag} has {len(values)} values for {in_chans} channels; give one for each."
         )
     return list(values) * (in_chans if len(values) == 1 else 1)
@@ -303,7 +304,7 @@ def prepare_output(args: argparse.Namespace) -> None:
     """Make the output folder, if there is to be one; log_dir follows it.
 
     Raises:
-        ValueError: the folder cannot be made or written to.
+        UserError: the folder cannot be made or written to.
     """
     if args.log_dir is None:
         args.log_dir = args.output_dir
@@ -316,7 +317,7 @@ def make_writable(folder: str, flag: str) -> None:
     """Make a folder and try to write in it.
 
     Raises:
-        ValueError: that does not work; names the flag.
+        UserError: that does not work; names the flag.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -325,7 +326,7 @@ def make_writable(folder: str, flag: str) -> None:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"Cannot write to the output folder {folder} ({error.strerror}); "
             f"choose another --{flag}."
         ) from error

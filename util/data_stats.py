@@ -29,10 +29,10 @@ from tqdm import tqdm
 from util import run
 from util.cli import IMAGENET_MEAN, IMAGENET_STD
 from util.datasets import find_pictures
+from util.errors import BadImage, UserError
 from util.evaluation import DEFAULT_WORKERS, list_files
 from util.images import (
     PIL_MODES,
-    BadImage,
     as_file,
     is_array,
     is_folder,
@@ -294,8 +294,8 @@ def list_part(place: Path) -> tuple[list, Counter]:
     """Pictures of a folder, list or shards, and the sizes of its classes, if it has any.
 
     Raises:
-        FileNotFoundError: there is no such place, or no picture in it.
-        ValueError: the list or the shards cannot be used.
+        UserError: there is no such place, or no picture in it.
+        UserError: the list or the shards cannot be used.
     """
     if place.is_dir() and not is_shards(str(place)):
         paths = list_files([str(place)])
@@ -308,7 +308,7 @@ def show_part(place: Path, args) -> tuple[list[Facts], Counter, int]:
     """Print what one place holds; returns its readable pictures, class sizes, number of pictures.
 
     Raises:
-        FileNotFoundError, ValueError: as list_part.
+        UserError: as list_part.
     """
     paths, counts = list_part(place)
     chosen = spread_evenly(paths, args.limit)
@@ -332,12 +332,12 @@ def main(args: argparse.Namespace) -> None:
     """Examine and print.
 
     Raises:
-        ValueError: a flag is out of its range; else as list_part.
+        UserError: a flag is out of its range; else as list_part.
     """
     if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit is {args.limit}; it must be at least 1.")
+        raise UserError(f"--limit is {args.limit}; it must be at least 1.")
     if args.num_workers < 0:
-        raise ValueError(f"--num_workers is {args.num_workers}; it must not be negative.")
+        raise UserError(f"--num_workers is {args.num_workers}; it must not be negative.")
     if "://" in args.path:
         find_shards(args.path)  # says that it is not on a disk
     place = Path(args.path)

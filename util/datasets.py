@@ -4,17 +4,13 @@ Every picture's augmentation has random numbers of its own, from seed, epoch and
 that it depends neither on the number of loader processes nor on where a run was interrupted.
 """
 
-import contextlib
-import random
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch.utils.data import Dataset
 
+from util.errors import BadImage, UserError
 from util.images import (
     PIL_MODES,
-    BadImage,
     find_classes,
     find_images,
     is_array,
@@ -23,6 +19,7 @@ from util.images import (
     open_image,
     read_image,
 )
+from util.rng import seeded
 from util.shards import ShardSamples, is_shards, read_shards
 from util.transforms import (
     FastPretrainTransform,
@@ -87,22 +84,6 @@ class TolerantImages(Images):
         )
 
 
-@contextlib.contextmanager
-def seeded(*key: int):
-    """Random numbers of python, numpy and torch that depend on `key` alone; undone at the end."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's as well
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
 class Reader:
     """path -> picture; a class, so that it travels to loader processes however they are started."""
 
@@ -118,7 +99,7 @@ def build_pretrain_dataset(args) -> Images:
     """Training pictures of pre-training; see find_pictures for what --data_path may be.
 
     Raises:
-        FileNotFoundError, ValueError: there is nothing to train on; the message names the place.
+        UserError: there is nothing to train on; the message names the place.
     """
     classes, samples, origin = find_pictures(args.data_path)
     if args.loader == "fast" and not has_arrays(samples, args.in_chans):
@@ -160,8 +141,8 @@ def find_pictures(data_path: str):
     class folders every class number is 0.
 
     Raises:
-        FileNotFoundError: there is no such place, or no picture in it.
-        ValueError: the list or the shards cannot be used.
+        UserError: there is no such place, or no picture in it.
+        UserError: the list or the shards cannot be used.
     """
     has_train = Path(data_path, "train").is_dir()
     if has_train:
@@ -175,7 +156,7 @@ def find_pictures(data_path: str):
         return [], read_list(folder), f"of the list {folder}"
     names = {entry.name for entry in list_folder(folder)}
     if not has_train and "val" in names:
-        raise FileNotFoundError(
+        raise UserError(
             f"There is val/ but no train/ in {folder}; --data_path must name the folder that holds "
             "train/, or one with nothing but training pictures."
         )
@@ -186,10 +167,10 @@ def find_pictures(data_path: str):
 
 
 def refuse_mixture(place: Path) -> None:
-    """Raises ValueError if a folder holds both tar files and pictures of its own."""
+    """Raises UserError if a folder holds both tar files and pictures of its own."""
     picture = next(find_images(place), None) if place.is_dir() else None
     if picture is not None:
-        raise ValueError(
+        raise UserError(
             f"{place} holds tar files and pictures (such as {picture}); for the shards name "
             f"them (--data_path '{place}/NAME-{{0000..0003}}.tar'), else move the tar files away."
         )
@@ -199,7 +180,7 @@ def find_own_pictures(folder: Path):
     """All pictures below a folder, in classes if they lie in its folders and nowhere deeper."""
     paths = list(find_images(folder))
     if not paths:
-        raise FileNotFoundError(
+        raise UserError(
             f"There is no picture in {folder}; --data_path must name a folder of pictures, one "
             "with train/, a list of files, or shards."
         )
@@ -218,30 +199,30 @@ def read_list(path: Path) -> list[tuple[str, int]]:
     """(picture, 0) for each line of a text file; names are relative to the file's folder.
 
     Raises:
-        ValueError: the file is not text, or a line names no kind of picture.
-        FileNotFoundError: there is no line in it.
+        UserError: the file is not text, or a line names no kind of picture.
+        UserError: there is no line in it.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"--data_path {path} is neither a folder nor a text file with a picture's path on "
             "each line."
         ) from error
     names = [line for line in lines if line]
     odd = [name for name in names if not is_image_name(name)]
     if odd:
-        raise ValueError(f"The list {path} holds {odd[0]!r}, which is no picture; remove the line.")
+        raise UserError(f"The list {path} holds {odd[0]!r}, which is no picture; remove the line.")
     if not names:
-        raise FileNotFoundError(f"There is no line in the list {path}; add the pictures' paths.")
+        raise UserError(f"There is no line in the list {path}; add the pictures' paths.")
     return [(str(path.parent / name), 0) for name in names]
 
 
 def check_same_classes(data_path: str, train: list[str], val: list[str]) -> None:
-    """Raises ValueError where the class folders of train/ and val/ differ."""
+    """Raises UserError where the class folders of train/ and val/ differ."""
     odd = sorted(set(train) ^ set(val))
     if odd:
-        raise ValueError(
+        raise UserError(
             f"train/ and val/ of {data_path} have different class folders (such as "
             f"{', '.join(odd[:3])}); both need the same."
         )
@@ -251,7 +232,7 @@ def list_classes(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     """Class names, and (path, class number) of every picture below folder/CLASS/.
 
     Raises:
-        FileNotFoundError: there is no such folder, no class folder in it, or one without a picture.
+        UserError: there is no such folder, no class folder in it, or one without a picture.
     """
     classes = find_classes(folder)
     samples = []
@@ -259,7 +240,7 @@ def list_classes(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
         before = len(samples)
         samples += [(path, number) for path in find_images(folder / name)]
         if len(samples) == before:
-            raise FileNotFoundError(
+            raise UserError(
                 f"There is no picture in the class folder {folder / name}; add some or remove it."
             )
     return classes, samples

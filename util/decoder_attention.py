@@ -128,7 +128,7 @@ def attention_grid(
         others: as for util.views.reconstruction_grid.
 
     Raises:
-        ValueError: as there.
+        UserError: as there.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
     page = Page()

@@ -18,11 +18,13 @@ with the same settings finds its own work and writes nothing; other content is r
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from util import run
+from util.errors import UserError
 
 IMAGE_SIZE = 32
 NUM_TRAIN = 1297
@@ -34,12 +36,12 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """The scans, uint8 (1797, 8, 8), and their labels, int (1797,).
 
     Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise UserError(
             f"The demo's pictures come from scikit-learn, but {error.name!r} is not installed: "
             "run `pip install -r scripts/requirements-demo.txt`."
         ) from error
@@ -60,7 +62,7 @@ def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[i
     for digit in np.unique(labels):
         members = np.flatnonzero(labels[:NUM_TRAIN] == digit)
         if not 1 <= labels_per_class <= len(members):
-            raise ValueError(
+            raise UserError(
                 f"--labels_per_class {labels_per_class} is not possible: class {digit} has "
                 f"{len(members)} training pictures."
             )
@@ -72,23 +74,23 @@ def is_complete(out_dir: Path, settings: dict) -> bool:
     """Does out_dir hold the pictures for these settings already?
 
     Raises:
-        FileExistsError: out_dir holds something that this tool did not write with these settings.
+        UserError: out_dir holds something that this tool did not write with these settings.
     """
     if not out_dir.exists():
         return False
     if not out_dir.is_dir():
-        raise FileExistsError(f"{out_dir} is a file, not a folder: name another OUT_DIR.")
+        raise UserError(f"{out_dir} is a file, not a folder: name another OUT_DIR.")
     record = out_dir / RECORD
     if not record.is_file():
         if any(out_dir.iterdir()):
-            raise FileExistsError(
+            raise UserError(
                 f"{out_dir} is not empty and not written by this tool (no {RECORD} in it): "
                 "name a new folder, or empty this one."
             )
         return False
     found = json.loads(record.read_text())
     if found.get("settings") != settings:
-        raise FileExistsError(
+        raise UserError(
             f"{out_dir} was written with other settings ({found.get('settings')} instead of "
             f"{settings}): name a new folder, or delete this one."
         )
@@ -102,9 +104,9 @@ def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> 
     """Write the class folders below out_dir, unless they are there; {folder: number of pictures}.
 
     Raises:
-        FileExistsError: out_dir holds something that this tool did not write with these settings.
-        ValueError: a class has fewer training pictures than labels_per_class.
-        ModuleNotFoundError: scikit-learn is not installed.
+        UserError: out_dir holds something that this tool did not write with these settings.
+        UserError: a class has fewer training pictures than labels_per_class.
+        UserError: scikit-learn is not installed.
     """
     settings = {"image_size": IMAGE_SIZE, "labels_per_class": labels_per_class}
     record = out_dir / RECORD
@@ -149,7 +151,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(get_args_parser().parse_args())
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"Error: {error}")
+    run.run(main, get_args_parser().parse_args())

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import one_line
+from util.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,9 @@ def init_distributed_mode(args) -> None:
     torch.device: as asked for, else cuda where there is one, else cpu.
 
     Raises:
-        ValueError: the device does not exist, or SLURM started several tasks without saying where
+        UserError: the device does not exist, or SLURM started several tasks without saying where
             rank 0 listens.
-        OSError: the group could not be formed.
+        UserError: the group could not be formed.
     """
     args.rank, args.world_size, args.gpu = read_launcher(os.environ, args.dist_on_itp)
     args.distributed = args.world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
@@ -61,7 +61,7 @@ def init_distributed_mode(args) -> None:
         )
         dist.barrier()
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-        raise OSError(
+        raise UserError(
             f"Rank {args.rank} of {args.world_size} could not join the others at {where} within "
             f"{args.dist_timeout} s ({one_line(error)}); check that every process is "
             "running, that address and port are reachable, and that the port is free "
@@ -107,11 +107,11 @@ def read_launcher(env, dist_on_itp: bool) -> tuple[int, int, int]:
     Open MPI's address and port are put into `env`, where they are not set.
 
     Raises:
-        ValueError: the launcher's variables are not all there.
+        UserError: the launcher's variables are not all there.
     """
     if dist_on_itp:
         if "OMPI_COMM_WORLD_RANK" not in env:
-            raise ValueError("Not started by mpirun: leave out --dist_on_itp, or use mpirun.")
+            raise UserError("Not started by mpirun: leave out --dist_on_itp, or use mpirun.")
         rank, size, local = (
             int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE", "LOCAL_RANK")
         )
@@ -122,7 +122,7 @@ def read_launcher(env, dist_on_itp: bool) -> tuple[int, int, int]:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise ValueError(
+            raise UserError(
                 f"SLURM started {env['SLURM_NTASKS']} tasks but MASTER_ADDR and MASTER_PORT are "
                 "not set; export the first node's name and a free port, or start through torchrun."
             )
@@ -134,25 +134,23 @@ def choose_device(wanted: str | None, local_rank: int) -> torch.device:
     """The device of this process: `wanted`, or cuda where there is one, or cpu.
 
     Raises:
-        ValueError: `wanted` is not a device of this machine.
+        UserError: `wanted` is not a device of this machine.
     """
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"--device {wanted} is not a device; use cuda or cpu.") from error
+        raise UserError(f"--device {wanted} is not a device; use cuda or cpu.") from error
     if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device {wanted} is not supported; use cuda or cpu.")
+        raise UserError(f"--device {wanted} is not supported; use cuda or cpu.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(
-                f"--device {wanted}: this machine has no usable GPU; use --device cpu."
-            )
+            raise UserError(f"--device {wanted}: this machine has no usable GPU; use --device cpu.")
         count, index = torch.cuda.device_count(), device.index
         if index is None:
             # with srun --gpus-per-task=1 every task sees one GPU, its own, as number 0
             index = 0 if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ else local_rank
         if index >= count:
-            raise ValueError(
+            raise UserError(
                 f"Local rank {local_rank} has no GPU of its own: number {index} is asked for and "
                 f"{count} found; start at most one process per GPU (--nproc_per_node)."
             )

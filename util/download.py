@@ -2,10 +2,9 @@
 
 import hashlib
 import logging
-import os
-import platform
 import re
 import urllib.request
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -14,7 +13,8 @@ from urllib.parse import urldefrag, urlparse
 import torch
 from tqdm import tqdm
 
-from util.errors import one_line
+from util.errors import UserError, one_line
+from util.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def fetch(source: str) -> str:
     it is compared then.
 
     Raises:
-        ValueError: the address is neither https nor hf, the file could not be had, or its hash is
+        UserError: the address is neither https nor hf, the file could not be had, or its hash is
             another.
     """
     if "://" not in source:
@@ -53,7 +53,7 @@ def fetch(source: str) -> str:
             check_hash(address, file_hash(Path(path)), wanted)
         return path
     if not source.startswith("https://"):
-        raise ValueError(
+        raise UserError(
             f"{source}: only https:// and hf:// addresses are read; download it yourself."
         )
     key = hashlib.sha256(address.encode()).hexdigest()[:12]  # names repeat, addresses do not
@@ -72,42 +72,44 @@ def hash_in(name: str) -> str:
 
 
 def download(address: str, target: Path, wanted: str) -> None:
-    """Get a file with a progress bar; it appears at `target` complete or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    waiting = target.with_name(f"{target.name}.tmp.{platform.node()}.{os.getpid()}")
-    digest = hashlib.sha256()
+    """Download with a progress bar; the file appears at `target` complete or not at all."""
     logger.info("Downloading %s to %s", address, target)
+    opener = urllib.request.build_opener(HttpsOnly)
+    request = urllib.request.Request(address, headers={"User-Agent": "torch.hub"})
+    digest = hashlib.sha256()
+    with atomic_write(target) as tmp_path, open(tmp_path, "wb") as file:
+        for chunk in receive(opener, request, address):
+            file.write(chunk)
+            digest.update(chunk)
+        check_hash(address, digest.hexdigest(), wanted)
+
+
+def receive(opener, request, address: str) -> Iterator[bytes]:
+    """The answer's bytes, chunk by chunk.
+
+    Raises:
+        UserError: the connection failed or ended early.
+    """
     try:
-        opener = urllib.request.build_opener(HttpsOnly)
-        request = urllib.request.Request(address, headers={"User-Agent": "torch.hub"})
-        with opener.open(request, timeout=60) as answer, open(waiting, "wb") as file:
-            size = int(answer.headers.get("Content-Length", 0))
-            got = 0
+        with opener.open(request, timeout=60) as answer:
+            size, got = int(answer.headers.get("Content-Length", 0)), 0
             with tqdm(total=size or None, unit="B", unit_scale=True, unit_divisor=1024) as bar:
                 while chunk := answer.read(CHUNK):
-                    file.write(chunk)
-                    digest.update(chunk)
+                    yield chunk
                     bar.update(len(chunk))
                     got += len(chunk)
-            if size and got != size:
-                raise OSError(f"{got:,} of {size:,} bytes came")
-            file.flush()
-            os.fsync(file.fileno())
-        check_hash(address, digest.hexdigest(), wanted)
-        os.replace(waiting, target)
+        if size and got != size:
+            raise OSError(f"got {got:,} of {size:,} bytes")
     except (OSError, HTTPException) as error:  # urllib's errors are OSErrors
-        raise ValueError(
-            f"Could not download {address} ({error}); check address, network and the room in "
-            f"{target.parent}."
+        raise UserError(
+            f"Could not download {address} ({error}); check the address and the network."
         ) from error
-    finally:
-        waiting.unlink(missing_ok=True)
 
 
 def check_hash(address: str, found: str, wanted: str) -> None:
-    """Raises ValueError unless the hash begins with what is wanted."""
+    """Raises UserError unless the hash begins with what is wanted."""
     if not found.startswith(wanted.lower()):
-        raise ValueError(
+        raise UserError(
             f"{address} has the SHA-256 {found}, not {wanted}; it is not the file that was meant."
         )
 
@@ -123,10 +125,10 @@ def fetch_from_hub(source: str) -> str:
 
     owner, repository, *path = [*source.removeprefix("hf://").split("/"), "", ""]
     if not any(path):
-        raise ValueError(f"{source} names no file; write hf://owner/repository/path.")
+        raise UserError(f"{source} names no file; write hf://owner/repository/path.")
     try:
         return hf_hub_download(f"{owner}/{repository}", "/".join(path).rstrip("/"))
     except Exception as error:  # the hub's errors have no common ancestor
-        raise ValueError(
+        raise UserError(
             f"Could not get {source} ({one_line(error)}); check name and network."
         ) from error

@@ -1,4 +1,23 @@
-"""Texts of other libraries' errors inside our sentences."""
+"""Errors that a user can act on: the launcher prints their message as one line.
+
+Anything else that is raised is a bug of ours or of a library and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """What the user can put right: the message names the place, the value and the remedy."""
+
+
+class BadImage(UserError):
+    """A file of the data set cannot be used as an image."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint file is damaged, hostile, or not of the kind that is needed."""
+
+
+class NonFiniteLoss(UserError):
+    """Loss or gradients stopped being finite, in more steps than --skip_nonfinite allows."""
 
 
 def one_line(error: Exception) -> str:

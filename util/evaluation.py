@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from util.datasets import Images, Reader, read_list
 from util.distributed import choose_device, is_main_process
+from util.errors import UserError
 from util.images import find_images, open_image
 from util.loaders import DeviceLoader, build_eval_loader
 from util.optim import AMP_TYPES, autocast, choose_amp_dtype
@@ -55,12 +56,12 @@ def set_evaluation(args, flags) -> None:
     """Put into the arguments of a checkpoint how this tool runs; what the pictures are stays.
 
     Raises:
-        ValueError: a flag is out of its range, or there is no such device.
+        UserError: a flag is out of its range, or there is no such device.
     """
     if flags.batch_size < 1:
-        raise ValueError(f"--batch_size is {flags.batch_size}; it must be at least 1.")
+        raise UserError(f"--batch_size is {flags.batch_size}; it must be at least 1.")
     if flags.num_workers < 0:
-        raise ValueError(f"--num_workers is {flags.num_workers}; it must not be negative.")
+        raise UserError(f"--num_workers is {flags.num_workers}; it must not be negative.")
     args.device = choose_device(flags.device, local_rank=0)
     args.batch_size, args.num_workers = flags.batch_size, flags.num_workers
     args.amp, args.pin_mem, args.prefetch, args.seed = flags.amp, True, 2, 0
@@ -84,21 +85,21 @@ def list_files(sources: Iterable[str]) -> list[str]:
     in a fixed order.
 
     Raises:
-        FileNotFoundError: something named is not there, or a folder holds no picture.
+        UserError: something named is not there, or a folder holds no picture.
     """
     files = []
     for source in sources:
         if os.path.isdir(source):
             found = list(find_images(source))
             if not found:
-                raise FileNotFoundError(f"There is no picture in {source}; name another folder.")
+                raise UserError(f"There is no picture in {source}; name another folder.")
             files += found
         elif os.path.exists(source) and str(source).endswith(".txt"):
             files += [path for path, _ in read_list(Path(source))]
         elif os.path.exists(source):
             files.append(str(source))
         else:
-            raise FileNotFoundError(f"There is no file or folder {source}; check the path.")
+            raise UserError(f"There is no file or folder {source}; check the path.")
     return files
 
 

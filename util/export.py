@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from util import run
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
 from util.checkpoint import ENCODER_PARTS
-from util.files import whole_file
+from util.errors import UserError
+from util.files import atomic_write
 from util.patches import as_size
 from util.transforms import CROP_SHARE
 from util.vit import BASE, HUGE, LARGE, SMALL
@@ -213,17 +214,20 @@ def write_timm(model: nn.Module, trained, args) -> None:
     """Write the folder.
 
     Raises:
-        ValueError: it holds something already.
+        UserError: it holds something already.
     """
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out} exists and is not an empty folder; name a new one.")
+        raise UserError(f"--out {args.out} exists and is not an empty folder; name a new one.")
     name, options = timm_name_and_args(model)
     other = make_timm(model, name, options)
     config, weights = args.out / "config.json", args.out / "model.safetensors"
-    with whole_file(weights) as waiting, whole_file(config) as waiting_config:
-        save_file(other.state_dict(), waiting, metadata={"format": "pt"})
+    with (
+        atomic_write(weights) as tmp_path,
+        atomic_write(config) as tmp_config,
+    ):
+        save_file(other.state_dict(), tmp_path, metadata={"format": "pt"})
         text = json.dumps(timm_config(trained, name, options, other), indent=2)
-        waiting_config.write_text(text + "\n", encoding="utf-8")
+        tmp_config.write_text(text + "\n", encoding="utf-8")
     call = ", ".join([f'"{name}"', *(f"{k}={v!r}" for k, v in options.items())])
     logger.info("Wrote %s and %s, the weights of timm.create_model(%s)", config, weights, call)
 
@@ -231,8 +235,8 @@ def write_timm(model: nn.Module, trained, args) -> None:
 def write_safetensors(model: nn.Module, trained, args) -> None:
     """Write all weights, and what they belong to."""
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    with whole_file(args.out) as waiting:
-        save_file(tensors, waiting, metadata=describe(model, trained))
+    with atomic_write(args.out) as tmp_path:
+        save_file(tensors, tmp_path, metadata=describe(model, trained))
     logger.info("Wrote %d tensors of %s to %s", len(tensors), trained.model, args.out)
 
 
@@ -252,13 +256,13 @@ def write_onnx(model: nn.Module, trained, args) -> None:
     """Write the graph and compare its outputs where onnxruntime is installed.
 
     Raises:
-        ValueError: a package is missing.
+        UserError: a package is missing.
     """
     for library in ("onnxscript", "onnx_ir"):
         logging.getLogger(library).setLevel(logging.WARNING)
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--to onnx needs {' and '.join(missing)}: "
             "pip install onnx onnxscript onnxruntime (the last to check the result)."
         )
@@ -280,8 +284,8 @@ def write_onnx(model: nn.Module, trained, args) -> None:
     if size > SINGLE_FILE_LIMIT:  # weights go to a file of their own, whose name is in the graph
         program.save(str(args.out), external_data=True)
     else:
-        with whole_file(args.out) as waiting:
-            program.save(str(waiting), external_data=False)
+        with atomic_write(args.out) as tmp_path:
+            program.save(str(tmp_path), external_data=False)
     check_onnx(model, trunk, names, args.out)
     logger.info("Wrote %s: imgs -> %s", args.out, ", ".join(names))
 
@@ -324,10 +328,10 @@ def main(args: argparse.Namespace) -> None:
     """Write one form.
 
     Raises:
-        ValueError: --features with a form that does not know it, or as the writers say.
+        UserError: --features with a form that does not know it, or as the writers say.
     """
     if args.features and args.to != "onnx":
-        raise ValueError("--features belongs to --to onnx; leave it out.")
+        raise UserError("--features belongs to --to onnx; leave it out.")
     model, trained = load_trained(args.checkpoint, model=args.model)
     if is_classifier(model) and isinstance(model.head, nn.Sequential):
         fold_probe(model)

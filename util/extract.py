@@ -22,6 +22,7 @@ import numpy as np
 
 from util import run
 from util.build import load_trained
+from util.errors import UserError
 from util.evaluation import (
     FEATURES,
     add_evaluation_flags,
@@ -32,7 +33,7 @@ from util.evaluation import (
     run_features,
     set_evaluation,
 )
-from util.files import whole_file
+from util.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ def find_pictures(sources: list[str]) -> Pictures:
     """The pictures named; with labels if it is one folder that holds class folders only.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: the folder is a whole data set, so that train and val would count as classes.
+        UserError: there are none.
+        UserError: the folder is a whole data set, so that train and val would count as classes.
     """
     paths = list_files(sources)
     if len(sources) > 1 or not os.path.isdir(sources[0]):
@@ -80,7 +81,7 @@ def find_pictures(sources: list[str]) -> Pictures:
     if "" in classes:
         return Pictures(paths, names, [0] * len(paths), [])
     if set(classes) <= SPLITS:
-        raise ValueError(
+        raise UserError(
             f"{sources[0]} holds {' and '.join(classes)}: name the one you want, "
             f"--data {os.path.join(sources[0], classes[0])}, or several for all without labels."
         )
@@ -90,7 +91,7 @@ def find_pictures(sources: list[str]) -> Pictures:
 
 def write_npz(path: Path, batches, shape: tuple[int, ...], pictures: Pictures, which: str) -> None:
     """Collect the batches and write features.npz."""
-    with whole_file(path) as waiting:
+    with atomic_write(path) as tmp_path:
         features = np.empty(shape, np.float32)
         done = 0
         for batch, _ in batches:
@@ -99,15 +100,18 @@ def write_npz(path: Path, batches, shape: tuple[int, ...], pictures: Pictures, w
         entries = dict(features=features, files=np.array(pictures.names), which=np.array(which))
         if pictures.classes:
             entries |= dict(labels=np.array(pictures.labels), classes=np.array(pictures.classes))
-        np.savez(waiting, **entries)
+        np.savez(tmp_path, **entries)
 
 
 def write_npy(path: Path, batches, shape: tuple[int, ...], pictures: Pictures) -> None:
     """Write features.npy batch by batch, so that memory does not grow, and features.txt."""
     header = dict(descr="<f4", fortran_order=False, shape=shape)
-    with whole_file(path) as waiting, whole_file(path.with_suffix(".txt")) as waiting_names:
-        waiting_names.write_text("".join(f"{name}\n" for name in pictures.names), encoding="utf-8")
-        with open(waiting, "wb") as file:
+    with (
+        atomic_write(path) as tmp_path,
+        atomic_write(path.with_suffix(".txt")) as tmp_names,
+    ):
+        tmp_names.write_text("".join(f"{name}\n" for name in pictures.names), encoding="utf-8")
+        with open(tmp_path, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for batch, _ in batches:
                 file.write(np.ascontiguousarray(batch.cpu().numpy(), "<f4").data)
@@ -117,10 +121,10 @@ def main(args: argparse.Namespace) -> None:
     """Extract and write.
 
     Raises:
-        ValueError: OUT ends in neither .npz nor .npy.
+        UserError: OUT ends in neither .npz nor .npy.
     """
     if args.out.suffix not in (".npz", ".npy"):
-        raise ValueError(f"--out {args.out} must end in .npz, or in .npy for large sets.")
+        raise UserError(f"--out {args.out} must end in .npz, or in .npy for large sets.")
     pictures = find_pictures(args.data)
     model, trained = load_trained(args.checkpoint, model=args.model)
     set_evaluation(trained, args)

@@ -22,6 +22,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
+from util.errors import BadImage, UserError
+
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     ".npy",
@@ -35,10 +37,6 @@ FAULTS = (  # what decoders raise on damaged files
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError),
     *(MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-
-
-class BadImage(RuntimeError):
-    """A file of the data set cannot be used as a picture."""
 
 
 def open_image(path, in_chans: int = 3) -> Image.Image | Tensor:
@@ -172,18 +170,18 @@ def find_classes(folder: str | Path) -> list[str]:
     """Names of the class folders, alphabetically; hidden ones do not count.
 
     Raises:
-        FileNotFoundError: the folder does not exist, cannot be read or holds no class folder.
+        UserError: the folder does not exist, cannot be read or holds no class folder.
     """
     try:
         with os.scandir(folder) as entries:
             classes = sorted(e.name for e in entries if e.name[0] != "." and is_folder(e))
     except OSError as error:
-        raise FileNotFoundError(
+        raise UserError(
             f"Cannot read the folder {folder} ({error.strerror}); --data_path must name a folder "
             f"that holds {Path(folder).name}/."
         ) from error
     if not classes:
-        raise FileNotFoundError(
+        raise UserError(
             f"There is no class folder in {folder}; put the pictures of each class into a folder "
             "of its own there."
         )
@@ -197,7 +195,7 @@ def find_images(folder: str | Path) -> Iterator[str]:
     lead nowhere are not: they are pictures that cannot be read.
 
     Raises:
-        FileNotFoundError: a folder cannot be read; the message names it.
+        UserError: a folder cannot be read; the message names it.
     """
     seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
     waiting = [str(folder)]
@@ -217,13 +215,13 @@ def list_folder(folder: str | Path) -> list[os.DirEntry]:
     """What is in a folder, by name, without hidden entries.
 
     Raises:
-        FileNotFoundError: it cannot be read.
+        UserError: it cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
     except OSError as error:
-        raise FileNotFoundError(
+        raise UserError(
             f"Cannot read the folder {folder} ({error.strerror}); correct its name or its rights."
         ) from error
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from util import run
 from util.build import load_trained
 from util.datasets import check_same_classes, list_classes
+from util.errors import UserError
 from util.evaluation import (
     add_evaluation_flags,
     build_files_loader,
@@ -129,14 +130,14 @@ def choose_ks(ks: list[int], num_train: int) -> list[int]:
     """Those k that there are training pictures for, ascending.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     if min(ks) < 1:
-        raise ValueError(f"--k holds {min(ks)}; it must be at least 1.")
+        raise UserError(f"--k holds {min(ks)}; it must be at least 1.")
     possible = sorted({k for k in ks if 1 <= k <= num_train})
     left_out = sorted(set(ks) - set(possible))
     if not possible:
-        raise ValueError(
+        raise UserError(
             f"--k {' '.join(map(str, ks))} does not fit {num_train} training pictures; "
             f"choose from 1 to {num_train}."
         )
@@ -150,8 +151,8 @@ def find_split(data_path: str) -> tuple[list[str], list, list]:
     """Class names, and (path, class number) of train/ and of val/.
 
     Raises:
-        FileNotFoundError: one of them is missing or has an empty class.
-        ValueError: they have different classes.
+        UserError: one of them is missing or has an empty class.
+        UserError: they have different classes.
     """
     classes, train = list_classes(Path(data_path, "train"))
     val_classes, val = list_classes(Path(data_path, "val"))
@@ -163,10 +164,10 @@ def main(args: argparse.Namespace) -> None:
     """Measure and print.
 
     Raises:
-        ValueError: a flag is out of its range, or train/ and val/ do not belong together.
+        UserError: a flag is out of its range, or train/ and val/ do not belong together.
     """
     if args.temperature <= 0:
-        raise ValueError(f"--temperature is {args.temperature}; it must be above 0.")
+        raise UserError(f"--temperature is {args.temperature}; it must be above 0.")
     classes, train, val = find_split(args.data_path)
     ks = choose_ks(args.k, len(train))
     model, trained = load_trained(args.checkpoint, model=args.model)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from util.distributed import get_rank, get_world_size
+from util.errors import UserError
 from util.images import normalize
 from util.signals import ignore_in_worker
 
@@ -134,14 +135,14 @@ def build_train_loader(dataset: Dataset, args) -> DeviceLoader:
     """Loader of shuffled batches.
 
     Raises:
-        ValueError: there are fewer pictures than one update takes.
+        UserError: there are fewer pictures than one update takes.
     """
     batches = TrainBatches(len(dataset), args.batch_size, args.seed)
     if len(batches) < args.accum_iter:
         remedy = "lower --batch_size" if args.accum_iter == 1 else "lower one of them"
         if args.batch_size == args.accum_iter == 1:
             remedy = "start fewer processes"
-        raise ValueError(
+        raise UserError(
             f"{len(dataset)} training images give {len(batches)} batches per epoch (--batch_size "
             f"{args.batch_size} on each of {batches.world_size} ranks), fewer than --accum_iter "
             f"{args.accum_iter}, so the weights would never change; {remedy}."

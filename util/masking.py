@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from util.errors import UserError
+
 
 class Masking(NamedTuple):
     """A random order of the patches: the first V visible, the last P predicted, others dropped."""
@@ -41,21 +43,21 @@ def count_patches(num_patches: int, mask_ratio: float, kept_mask_ratio: float) -
     """(V, P) of L patches, rounded as the published code does: the double product cut to an int.
 
     Raises:
-        ValueError: a ratio is outside (0, 1), kept_mask_ratio exceeds mask_ratio, or nothing would
+        UserError: a ratio is outside (0, 1), kept_mask_ratio exceeds mask_ratio, or nothing would
             be visible or predicted.
     """
     for name, ratio in (("mask_ratio", mask_ratio), ("kept_mask_ratio", kept_mask_ratio)):
         if not 0 < ratio < 1:
-            raise ValueError(f"{name} is {ratio}; it must lie between 0 and 1, both excluded.")
+            raise UserError(f"{name} is {ratio}; it must lie between 0 and 1, both excluded.")
     if kept_mask_ratio > mask_ratio:
-        raise ValueError(
+        raise UserError(
             f"kept_mask_ratio {kept_mask_ratio} exceeds mask_ratio {mask_ratio}; "
             "only masked patches can be predicted, so lower it or raise mask_ratio."
         )
     num_visible = int(num_patches * (1 - mask_ratio))
     num_predicted = num_patches - num_visible - int(num_patches * (mask_ratio - kept_mask_ratio))
     if num_visible < 1 or num_predicted < 1:
-        raise ValueError(
+        raise UserError(
             f"Of {num_patches} patches, mask_ratio {mask_ratio} and kept_mask_ratio "
             f"{kept_mask_ratio} leave {num_visible} visible and {num_predicted} predicted; "
             "both must be at least 1: use more patches or other ratios."

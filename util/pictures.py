@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from util.errors import UserError
+
 GREY = 128  # what is not shown
 HATCH = (150, 205)  # the two greys of what is missing
 INK = (20, 20, 20)
@@ -143,9 +145,9 @@ def heat_map(
 
 
 def check_png(path: str | Path) -> None:
-    """Raises ValueError unless the name is one for save_png; to be called before the work."""
+    """Raises UserError unless the name is one for save_png; to be called before the work."""
     if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"--out is {path}; it must end in .png.")
+        raise UserError(f"--out is {path}; it must end in .png.")
 
 
 def save_png(picture: Tensor, path: str | Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from util import run
+from util.errors import UserError
 from util.pictures import (
     GAP,
     INK,
@@ -70,12 +71,12 @@ def read_log(source: str) -> dict[str, Curve]:
     A last line that an interrupted run left half written is skipped with a warning.
 
     Raises:
-        FileNotFoundError: there is no log.txt.
-        ValueError: it holds no finished epoch, or a line that is not of a log.
+        UserError: there is no log.txt.
+        UserError: it holds no finished epoch, or a line that is not of a log.
     """
     path = Path(source, "log.txt") if Path(source).is_dir() else Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; name the output folder of a run.")
+        raise UserError(f"There is no file {path}; name the output folder of a run.")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     epochs = {}
     for number, line in enumerate(lines):
@@ -85,11 +86,11 @@ def read_log(source: str) -> dict[str, Curve]:
         elif number == len(lines) - 1:
             logger.warning("%s: the last line is incomplete and left out", path)
         elif line.strip():
-            raise ValueError(
+            raise UserError(
                 f"Line {number + 1} of {path} is not the JSON of an epoch; name a run's log.txt."
             )
     if not epochs:
-        raise ValueError(f"{path} holds no finished epoch yet; wait for the first.")
+        raise UserError(f"{path} holds no finished epoch yet; wait for the first.")
     curves: dict[str, Curve] = {}
     for epoch, stats in sorted(epochs.items()):
         for key, value in stats.items():
@@ -111,13 +112,13 @@ def choose_keys(logs: dict[str, dict[str, Curve]], wanted: list[str] | None) -> 
     """Which keys to draw.
 
     Raises:
-        ValueError: no run has one of the wanted keys, or any of the usual ones.
+        UserError: no run has one of the wanted keys, or any of the usual ones.
     """
     there = sorted({key for curves in logs.values() for key in curves})
     chosen = wanted or [key for key in USUAL_KEYS if key in there]
     missing = [key for key in chosen if key not in there]
     if missing or not chosen:
-        raise ValueError(
+        raise UserError(
             f"No run has {', '.join(missing or USUAL_KEYS)}; --keys can name {', '.join(there)}."
         )
     return chosen

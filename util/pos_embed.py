@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,10 +24,10 @@ def get_2d_sincos_pos_embed(
     patch, whatever the picture size.
 
     Raises:
-        ValueError: dim does not divide by 4.
+        UserError: dim does not divide by 4.
     """
     if dim % 4:
-        raise ValueError(f"A sine-cosine table needs a width divisible by 4, got {dim}.")
+        raise UserError(f"A sine-cosine table needs a width divisible by 4, got {dim}.")
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -55,7 +57,7 @@ def interpolate_pos_embed(
         old_grid: (rows, columns) the table was made for; files that do not say are square.
 
     Raises:
-        ValueError: the stored table is not square and old_grid is not given.
+        UserError: the stored table is not square and old_grid is not given.
     """
     if "pos_embed" not in state_dict:
         return
@@ -64,7 +66,7 @@ def interpolate_pos_embed(
     side = round(num_patches**0.5)
     old_grid = old_grid or (side, side)
     if old_grid[0] * old_grid[1] != num_patches:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint's position table has {num_patches} rows, which are no {old_grid[0]}x"
             f"{old_grid[1]} grid; it holds no grid of its own, so it cannot be resized."
         )

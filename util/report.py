@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from util.distributed import all_reduce_sum
 from util.evaluation import build_files_loader, run_batches
-from util.files import whole_file
+from util.files import atomic_write
 from util.pictures import INK, PAPER, font
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,10 @@ def predict_files(
     header = ["file", "class", "probability"]
     header += [name for i in range(2, count + 1) for name in (f"class_{i}", f"probability_{i}")]
     names = iter(files)
-    with whole_file(out) as waiting, open(waiting, "w", newline="", **NAMES) as file:
+    with (
+        atomic_write(out) as tmp_path,
+        open(tmp_path, "w", newline="", **NAMES) as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(header)
         for logits, _ in run_batches(model, loader, args.device, args.amp, "predict"):
@@ -89,14 +92,17 @@ def write_report(folder: str | Path, matrix: Tensor, classes: list[str]) -> list
     head = ["true \\ predicted", *classes]
     rows = [[name, *row] for name, row in zip(classes, matrix.tolist(), strict=True)]
     write_csv(folder / "confusion.csv", [head, *rows])
-    with whole_file(folder / "confusion.png") as waiting:
-        draw_confusion(matrix, classes).save(waiting)
+    with atomic_write(folder / "confusion.png") as tmp_path:
+        draw_confusion(matrix, classes).save(tmp_path)
     notes = [accuracy_note(matrix), imbalance_note(matrix.sum(dim=1).tolist(), classes)]
     return [note for note in [*notes, few_classes_note(len(classes))] if note]
 
 
 def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
-    with whole_file(path) as waiting, open(waiting, "w", newline="", **NAMES) as file:
+    with (
+        atomic_write(path) as tmp_path,
+        open(tmp_path, "w", newline="", **NAMES) as file,
+    ):
         csv.writer(file).writerows(rows)
 
 

@@ -6,7 +6,6 @@ import gc
 import json
 import logging
 import os
-import random
 import signal
 import sys
 import threading
@@ -14,15 +13,14 @@ import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from util import distributed, signals
-from util.images import BadImage
+from util.errors import UserError
+from util.rng import seed_all
 from util.state import tidy_output
-from util.train_log import NonFiniteLoss
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +56,7 @@ def start_run(args) -> None:
         logger.info("Not using distributed mode")
     if wanted is None and args.device.type == "cpu":
         logger.info("No GPU found: running on the CPU")
-    seed = args.seed + args.rank
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+    seed_all(args.seed + args.rank)
     if args.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -91,9 +86,7 @@ def make_writer(args, step: int) -> SummaryWriter | None:
     threading.excepthook = report_thread
     writer = SummaryWriter(args.log_dir, purge_step=step or None)
     if not step:
-        flags = {
-            k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(args).items()
-        }
+        flags = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
         for summary in hparams(flags, {"train_loss": 0.0})[:2]:
             writer.file_writer.add_summary(summary)
     return writer
@@ -113,7 +106,7 @@ def log_epoch(args, stats: dict) -> None:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(stats) + "\n")
         except OSError as error:
-            raise OSError(
+            raise UserError(
                 f"Cannot write {path} ({error.strerror}); the checkpoint before is as it was."
             ) from error
 
@@ -153,8 +146,8 @@ def run(main, args) -> None:
     except KeyboardInterrupt:
         logger.error("Error: interrupted")
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, BadImage, NonFiniteLoss) as error:
-        if os.environ.get("CROSSMAE_TRACEBACK") or not is_meant_for_users(error):
+    except UserError as error:
+        if os.environ.get("CROSSMAE_TRACEBACK"):
             raise
         # The error of a loader process brings its traceback along; the sentence is the last line.
         text = str(error).strip() or type(error).__qualname__
@@ -184,14 +177,3 @@ def free_frames(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
     gc.collect()
-
-
-def is_meant_for_users(error: Exception) -> bool:
-    """Is the message a sentence of ours? A ValueError of a library is a bug: show its trace."""
-    if not isinstance(error, ValueError):
-        return True
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return (
-        Path(raised_in).is_relative_to(Path(__file__).parents[1])
-        and "site-packages" not in raised_in
-    )

@@ -17,6 +17,7 @@ import numpy as np
 import torch.distributed as dist
 
 from util.distributed import get_rank, get_world_size
+from util.errors import UserError
 from util.images import is_array, is_image_name
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -87,11 +88,11 @@ def find_shards(data_path: str) -> list[str]:
     """The shards that a pattern such as name-{0000..0003}.tar or a folder means.
 
     Raises:
-        ValueError: they are not on a disk, packed, or of several kinds.
-        FileNotFoundError: one is missing.
+        UserError: they are not on a disk, packed, or of several kinds.
+        UserError: one is missing.
     """
     if REMOTE.match(data_path):
-        raise ValueError(
+        raise UserError(
             f"--data_path {data_path} is not on a disk; copy the shards, or mount the place where "
             "they are and name the folder."
         )
@@ -99,16 +100,16 @@ def find_shards(data_path: str) -> list[str]:
     paths = list_shards(data_path) if is_folder else expand(data_path)
     packed = [path for path in paths if path.endswith(PACKED)]
     if packed:
-        raise ValueError(f"{packed[0]} is packed, so no picture can be found in it; unpack it.")
+        raise UserError(f"{packed[0]} is packed, so no picture can be found in it; unpack it.")
     kinds = sorted({re.sub(r"[\d._-]*\.tar$", "", Path(path).name) for path in paths})
     if is_folder and len(kinds) > 1:
-        raise ValueError(
+        raise UserError(
             f"{data_path} holds shards of several kinds ({', '.join(kinds[:3])}); name those to "
             f"train on, such as --data_path '{data_path}/{kinds[0]}-{{0000..0003}}.tar'."
         )
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise UserError(
             f"There is no file {missing[0]} ({len(missing)} of {len(paths)} shards are missing); "
             "correct --data_path."
         )
@@ -129,7 +130,7 @@ def list_choices(inside: str) -> list[str]:
         return inside.split(",")
     first, last = numbers.groups()
     if int(last) < int(first):
-        raise ValueError(f"{{{inside}}} counts down; write {{{last}..{first}}}.")
+        raise UserError(f"{{{inside}}} counts down; write {{{last}..{first}}}.")
     return [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
 
 
@@ -137,8 +138,8 @@ def read_shards(data_path: str) -> ShardSamples:
     """All pictures of the shards; the processes share the work of looking for them.
 
     Raises:
-        ValueError: a shard is damaged; on every process.
-        FileNotFoundError: a shard is missing, or none has a picture.
+        UserError: a shard is damaged; on every process.
+        UserError: a shard is missing, or none has a picture.
     """
     paths = find_shards(data_path)
     own = [try_index(path) for path in paths[get_rank() :: get_world_size()]]
@@ -149,12 +150,12 @@ def read_shards(data_path: str) -> ShardSamples:
     indexes = [parts[i % len(parts)][i // len(parts)] for i in range(len(paths))]
     for path, index in zip(paths, indexes, strict=True):
         if isinstance(index, str):
-            raise ValueError(f"Cannot read the shard {path} ({index}); fetch it again.")
+            raise UserError(f"Cannot read the shard {path} ({index}); fetch it again.")
     for number, index in enumerate(indexes):
         index["shard"] = number
     samples = ShardSamples(paths, np.concatenate(indexes))
     if not len(samples):
-        raise FileNotFoundError(f"There is no picture in the {len(paths)} shards of {data_path}.")
+        raise UserError(f"There is no picture in the {len(paths)} shards of {data_path}.")
     return samples
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 
-from util.files import write_text
+from util.checkpoint_file import plain_args
+from util.files import atomic_write
 from util.optim import choose_amp_dtype
 from util.patches import as_size
 
 logger = logging.getLogger(__name__)
-
-PLAIN = (str, int, float, bool, list, tuple, type(None))
 
 
 def report_start(args, model, lr_text: str, attention: str, data_text: str) -> None:
@@ -66,7 +65,7 @@ def write_manifest(args, effective_batch: int, start_block: dict[str, str]) -> N
     """run.json in the output folder: what was run, with what, on what."""
     manifest = {
         "command": sys.argv,
-        "args": {k: v if isinstance(v, PLAIN) else str(v) for k, v in vars(args).items()},
+        "args": plain_args(args),
         "effective_batch": effective_batch,
         "start": start_block,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
@@ -75,7 +74,8 @@ def write_manifest(args, effective_batch: int, start_block: dict[str, str]) -> N
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    write_text(Path(args.output_dir, "run.json"), text + "\n")
+    with atomic_write(Path(args.output_dir, "run.json")) as tmp_path:
+        tmp_path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_commit() -> str | None:

@@ -7,7 +7,6 @@ bit for bit on a CPU, up to the order of the GPU's own sums on a GPU.
 import datetime
 import json
 import logging
-import random
 import time
 from pathlib import Path
 
@@ -17,9 +16,11 @@ import torch.distributed as dist
 
 from util import signals
 from util.checkpoint import load_model, save_model
-from util.checkpoint_file import CheckpointError, read_checkpoint, remove_leftovers
+from util.checkpoint_file import read_checkpoint
 from util.distributed import all_reduce_max, get_rank, get_world_size, is_main_process
-from util.files import write_text
+from util.errors import CheckpointError, UserError
+from util.files import atomic_write, remove_temporary_files
+from util.rng import get_random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ class RunState:
             links: further names for the same file.
 
         Raises:
-            OSError: on every rank, if rank 0 could not write.
+            UserError: on every rank, if rank 0 could not write.
         """
         own = get_random_state(self.args.device)
         states = [own]
@@ -225,11 +226,11 @@ class RunState:
                     extra,
                     links=links,
                 )
-            except OSError as error:
+            except UserError as error:
                 problem = error
         (failed,) = all_reduce_max([problem is not None], self.args.device)
         if failed:
-            raise problem or OSError("Rank 0 could not write the checkpoint; see its message.")
+            raise problem or UserError("Rank 0 could not write the checkpoint; see its message.")
         self.last_save = time.monotonic()
         self.last_saved = self.describe(Path(self.args.output_dir, "checkpoint.pth"))
 
@@ -238,12 +239,12 @@ def flush(writer) -> None:
     """Bring TensorBoard's file to the disk: no gap in the curve where a killed run went on.
 
     Raises:
-        OSError: it cannot be written; says where.
+        UserError: it cannot be written; says where.
     """
     try:
         writer.flush()
     except OSError as error:
-        raise OSError(
+        raise UserError(
             f"Cannot write TensorBoard's file in {writer.log_dir} ({error.strerror}); the "
             "checkpoint is as it was."
         ) from error
@@ -293,7 +294,7 @@ def tidy_output(args, first_epoch: int) -> None:
     about epochs that will be run again. Where another run was, its log is laid aside.
     """
     folder = Path(args.output_dir)
-    remove_leftovers(folder)
+    remove_temporary_files(folder)
     goes_on = bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
     if not goes_on and (folder / "checkpoint.pth").exists():
         logger.warning(
@@ -312,29 +313,5 @@ def tidy_output(args, first_epoch: int) -> None:
             line for line in lines if line.endswith("}") and json.loads(line)["epoch"] < first_epoch
         ]
         if kept != lines:
-            write_text(log, "".join(f"{line}\n" for line in kept))
-
-
-def get_random_state(device: torch.device) -> dict:
-    """States of python's, numpy's and torch's generators, as tensors and plain values."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": [version, torch.tensor(numbers), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict) -> None:
-    """Restore what get_random_state gave."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers.tolist()), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+            with atomic_write(log) as tmp_path:
+                tmp_path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

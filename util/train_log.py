@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from util.distributed import all_reduce_sum, get_world_size
+from util.errors import NonFiniteLoss, UserError
 from util.metrics import MetricLogger, SmoothedValue
 
 logger = logging.getLogger(__name__)
 
 PRINT_FREQ = 20  # iterations
 DATA_SHARE_HINT = 0.3  # share of the time spent waiting for batches above which a hint is printed
-
-
-class NonFiniteLoss(RuntimeError):
-    """Loss or gradients stopped being finite, in more steps than --skip_nonfinite allows."""
 
 
 class TrainLog:
@@ -137,7 +134,7 @@ class TrainLog:
                 for tag, value in scalars.items():
                     self.writer.add_scalar(tag, value, x)
             except OSError as error:  # its thread's, handed on
-                raise OSError(
+                raise UserError(
                     f"Cannot write TensorBoard's file in {self.writer.log_dir} "
                     f"({error.strerror}); the checkpoint before is as it was."
                 ) from error

@@ -13,6 +13,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from util.errors import UserError
+
 CROP_SHARE = 0.875  # of the short side that evaluation keeps, up to 224 pixels
 
 
@@ -89,10 +91,10 @@ def build_array_transform(args):
     flip of the recipe, random erasing.
 
     Raises:
-        ValueError: --aa or --color_jitter is on.
+        UserError: --aa or --color_jitter is on.
     """
     if args.aa or args.color_jitter:
-        raise ValueError(
+        raise UserError(
             "--aa and --color_jitter work on 8-bit pictures, the data are arrays; leave them out "
             "(--aa '')."
         )

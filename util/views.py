@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from util.errors import UserError
 from util.pictures import GREY, Page, enlarge, enlargement, hatch, heat_map, patch_area, to_rgb
 
 COLUMNS = ("original", "masked", "predicted", "pasted")
@@ -40,7 +41,7 @@ def reconstruct(
     original are put back.
 
     Raises:
-        ValueError: the ratios leave nothing visible or predicted, or exceed each other.
+        UserError: the ratios leave nothing visible or predicted, or exceed each other.
     """
     masking = model.draw_masking(imgs, mask_ratio, kept_mask_ratio, noise)
     loss, pred, _, mask = model(imgs, mask_ratio, kept_mask_ratio, vis=True, noise=noise)
@@ -100,7 +101,7 @@ def reconstruction_grid(
         title: first line.
 
     Raises:
-        ValueError: the ratios do not fit together, or the model ignores kept_mask_ratio.
+        UserError: the ratios do not fit together, or the model ignores kept_mask_ratio.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
     factor = enlargement(*imgs.shape[2:])
@@ -124,10 +125,10 @@ def feature_map_weights(model: nn.Module, title: str = "") -> Tensor:
     """The learned mixture of encoder feature maps, as a heat map: J decoder blocks x K maps.
 
     Raises:
-        ValueError: the model has none.
+        UserError: the model has none.
     """
     if not getattr(model, "weight_fm", False):
-        raise ValueError(
+        raise UserError(
             "This model does not weight feature maps: only a CrossMAE trained with --weight_fm "
             "does."
         )
@@ -151,11 +152,11 @@ def share_to_predict(
     """The kept_mask_ratio to draw with.
 
     Raises:
-        ValueError: one is asked for, but the model predicts every masked patch.
+        UserError: one is asked for, but the model predicts every masked patch.
     """
     if not predicts_a_part(model):
         if kept_mask_ratio is not None:
-            raise ValueError(
+            raise UserError(
                 "--kept_mask_ratio belongs to CrossMAE, but this is an MAE, which predicts every "
                 "masked patch: leave it out."
             )

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from util import decoder_attention, run, views
 from util.build import load_trained
-from util.checkpoint_file import CheckpointError
 from util.distributed import choose_device
+from util.errors import CheckpointError, UserError
 from util.images import find_images, open_image
 from util.pictures import check_png, save_png
 from util.transforms import build_transform
@@ -104,20 +104,20 @@ def choose_images(sources: list[str], number: int) -> list[str]:
     """At most `number` files, evenly spread over the given files and those in the given folders.
 
     Raises:
-        FileNotFoundError: a source does not exist, or there is no picture at all.
-        ValueError: there is no source, or the number is not positive.
+        UserError: a source does not exist, or there is no picture at all.
+        UserError: there is no source, or the number is not positive.
     """
     if not sources:
-        raise ValueError("There is nothing to draw: name pictures or folders with --images.")
+        raise UserError("There is nothing to draw: name pictures or folders with --images.")
     if number < 1:
-        raise ValueError(f"--num_images is {number}; it must be at least 1.")
+        raise UserError(f"--num_images is {number}; it must be at least 1.")
     paths = []
     for source in sources:
         if not Path(source).exists():
-            raise FileNotFoundError(f"There is no file or folder {source}; check --images.")
+            raise UserError(f"There is no file or folder {source}; check --images.")
         paths += find_images(source) if Path(source).is_dir() else [source]
     if not paths:
-        raise FileNotFoundError(f"There is no picture in {', '.join(sources)}; check --images.")
+        raise UserError(f"There is no picture in {', '.join(sources)}; check --images.")
     number = min(number, len(paths))
     return [paths[i * len(paths) // number] for i in range(number)]
 
@@ -132,17 +132,17 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuse flags that would not act.
 
     Raises:
-        ValueError: with the flag and the remedy.
+        UserError: with the flag and the remedy.
     """
     check_png(args.out)
     if args.weights:
         for name in ("images", "mask_ratio", "kept_mask_ratio"):
             if getattr(args, name):
-                raise ValueError(f"--weights needs no pictures and no masks: leave out --{name}.")
+                raise UserError(f"--weights needs no pictures and no masks: leave out --{name}.")
     if args.num_patches is not None and not args.attention:
-        raise ValueError("--num_patches belongs to --attention: add it, or leave this out.")
+        raise UserError("--num_patches belongs to --attention: add it, or leave this out.")
     if args.num_patches is not None and args.num_patches < 1:
-        raise ValueError(f"--num_patches is {args.num_patches}; it must be at least 1.")
+        raise UserError(f"--num_patches is {args.num_patches}; it must be at least 1.")
 
 
 def main(args: argparse.Namespace) -> None:

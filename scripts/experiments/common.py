@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for the project's modules
 
-from util.files import write_text  # noqa: E402
+from util.files import atomic_write  # noqa: E402
 from util.measure import count_flops  # noqa: E402
 
 # The encoder of every experiment, and how long the runs are: see docs/experiments.md.
@@ -87,8 +87,8 @@ class Results:
             self.rows.sort(key=lambda row: [str(row[k]) for k in self.key])
             lines = ",\n".join("  " + json.dumps(row) for row in self.rows)
             machine = json.dumps(describe_machine())
-            self.path.parent.mkdir(exist_ok=True)
-            write_text(self.path, f'{{"machine": {machine}, "rows": [\n{lines}\n]}}\n')
+            with atomic_write(self.path) as tmp_path:
+                tmp_path.write_text(f'{{"machine": {machine}, "rows": [\n{lines}\n]}}\n')
             print(json.dumps(row), flush=True)
 
 

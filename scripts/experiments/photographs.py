@@ -21,6 +21,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from util.errors import UserError
+
 SIZE = 64
 SIDES = (64, 128)  # of a crop, in pixels of the photograph
 SKLEARN, SKIMAGE = "sklearn/datasets/images", "skimage/data"
@@ -39,13 +41,13 @@ def load_photographs(names: dict[str, str]) -> dict[str, Image.Image]:
     """{name: grey picture}, read from the installed packages without importing them.
 
     Raises:
-        ModuleNotFoundError: a package is not installed.
+        UserError: a package is not installed.
     """
     photographs = {}
     for folder, files in names.items():
         package = find_spec(folder.split("/")[0])
         if package is None:
-            raise ModuleNotFoundError(
+            raise UserError(
                 f"The photographs in {folder} are missing: run "
                 "`pip install -r scripts/experiments/requirements.txt`."
             )
