@@ -10,7 +10,7 @@ from util.distributed import all_reduce_sum, sync_gradients
 from util.lr_sched import adjust_learning_rate
 from util.metrics import MetricLogger
 from util.optim import autocast, choose_amp_dtype
-from util.train_log import TrainLog
+from util.run.train_log import TrainLog
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def train_one_epoch(
         criterion: loss of logits and labels, or of logits and class shares where mixup_fn is given.
         max_norm: largest gradient norm, or None.
         args: lr, min_lr, warmup_epochs, epochs, accum_iter; optional amp, skip_nonfinite.
-        state: where in the epoch to begin, and what to do after an update (util.state.RunState).
+        state: where in the epoch to begin, what to do after an update (util.run.state.RunState).
 
     Returns:
         Mean of every meter over the epoch: lr (of the fastest group), loss, grad_norm.

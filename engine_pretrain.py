@@ -3,7 +3,7 @@
 from util.distributed import sync_gradients
 from util.lr_sched import adjust_learning_rate
 from util.optim import autocast, choose_amp_dtype
-from util.train_log import TrainLog
+from util.run.train_log import TrainLog
 
 
 def train_one_epoch(
@@ -24,7 +24,7 @@ def train_one_epoch(
     Args:
         args: lr, min_lr, warmup_epochs, epochs, accum_iter, mask_ratio, kept_mask_ratio; optional
             amp, clip_grad, skip_nonfinite.
-        state: where in the epoch to begin, and what to do after an update (util.state.RunState).
+        state: where in the epoch to begin, what to do after an update (util.run.state.RunState).
 
     Returns:
         Mean of every meter over the epoch: lr, loss, grad_norm.

@@ -8,23 +8,24 @@ import logging
 from pathlib import Path
 
 from timm.data import Mixup
+from timm.layers import to_2tuple
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 from engine_finetune import evaluate, train_one_epoch
-from util import run
-from util.attention import get_attend
 from util.build import build_classifier, load_trained
 from util.checkpoint import load_encoder, load_model
-from util.checkpoint_file import read_checkpoint, weights_of
-from util.cli import check_shared, make_writable, prepare_output, shared_parser
-from util.compile import compile_blocks
+from util.data.image_io import find_classes
+from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.transforms import build_transform
 from util.datasets import build_dataset, check_same_classes
 from util.distributed import broadcast_buffers, wrap_ddp
-from util.errors import UserError
-from util.evaluation import list_files
-from util.images import find_classes
-from util.loaders import build_eval_loader, build_train_loader
+from util.eval.inference import list_files
+from util.eval.report import count_confusion, name_classes, predict_files, write_report
+from util.io.checkpoint_file import read_checkpoint, weights_of
+from util.io.errors import UserError
+from util.layers.attention import get_attend
+from util.layers.compile import compile_blocks
 from util.lr_decay import param_groups_lrd
 from util.optim import (
     NativeScalerWithGradNormCount,
@@ -32,11 +33,10 @@ from util.optim import (
     build_lars,
     choose_amp_dtype,
 )
-from util.patches import as_size
-from util.report import count_confusion, name_classes, predict_files, write_report
-from util.start_block import report_start
-from util.state import RunState, settle_resume
-from util.transforms import build_transform
+from util.run import launch as run
+from util.run.flags import check_shared, make_writable, prepare_output, shared_parser
+from util.run.startup import report_start
+from util.run.state import RunState, settle_resume
 
 logger = logging.getLogger(__name__)
 
@@ -456,7 +456,7 @@ def start_from_pretrained(model, source: str) -> None:
     checkpoint = read_checkpoint(source)
     logger.info("Load pre-trained checkpoint from: %s", source)
     args = checkpoint.get("args", {})
-    size, patch_size = as_size(args.get("input_size") or 0), model.patch_embed.patch_size
+    size, patch_size = to_2tuple(args.get("input_size") or 0), model.patch_embed.patch_size
     grid = (size[0] // patch_size, size[1] // patch_size) if all(size) else None
     weights = weights_of(checkpoint, source)
     table = weights.get("pos_embed")

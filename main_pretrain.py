@@ -7,21 +7,21 @@ import argparse
 import logging
 
 from engine_pretrain import train_one_epoch
-from util import run
-from util.attention import get_attend
-from util.board import PictureBoard
 from util.build import build_pretrain_model
 from util.checkpoint import load_matching
-from util.cli import check_shared, prepare_output, shared_parser
-from util.compile import compile_blocks
+from util.data.loaders import build_train_loader
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
-from util.errors import UserError
-from util.loaders import build_train_loader
+from util.io.errors import UserError
+from util.layers.attention import get_attend
+from util.layers.compile import compile_blocks
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
-from util.start_block import report_start
-from util.state import RunState, settle_resume
+from util.run import launch as run
+from util.run.flags import check_shared, prepare_output, shared_parser
+from util.run.startup import report_start
+from util.run.state import RunState, settle_resume
+from util.vis.image_log import PictureBoard
 
 logger = logging.getLogger(__name__)
 

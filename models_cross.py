@@ -13,12 +13,12 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.attention import Attend
-from util.blocks import CrossAttentionBlock
-from util.errors import UserError
-from util.masking import Masking
-from util.recompute import mix
-from util.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
+from util.io.errors import UserError
+from util.layers.attention import Attend
+from util.layers.blocks import CrossAttentionBlock
+from util.layers.masking import Masking
+from util.layers.recompute import mix
+from util.layers.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
 
 
 class WeightedFeatureMaps(nn.Module):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.attention import Attend
-from util.blocks import Block
-from util.masking import Masking, take_tokens
-from util.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
+from util.layers.attention import Attend
+from util.layers.blocks import Block
+from util.layers.masking import Masking, take_tokens
+from util.layers.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
 
 
 class MaskedAutoencoderViT(MaskedAutoencoder):

@@ -8,10 +8,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from util.attention import Attend
-from util.blocks import LayerNorm
-from util.errors import UserError
-from util.vit import BASE, HUGE, LARGE, MINI, SMALL, ViTBackbone
+from util.io.errors import UserError
+from util.layers.attention import Attend
+from util.layers.blocks import LayerNorm
+from util.layers.vit import BASE, HUGE, LARGE, MINI, SMALL, ViTBackbone
 
 
 class VisionTransformer(ViTBackbone):

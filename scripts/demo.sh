@@ -58,7 +58,7 @@ cd "$ROOT"
 started=$SECONDS
 trap 'printf "Stopped in step %d, \"%s\": the reason is above.\n" "$step" "$title" >&2' ERR
 next_step "Pictures: 1,797 handwritten digits as PNG files"
-python -m util.demo_data "$OUT/data"
+python -m tools.demo_data "$OUT/data"
 
 next_step "Pre-training a small CrossMAE on 1,297 pictures, without their labels"
 torchrun --standalone --nproc_per_node=1 main_pretrain.py "${pretrain[@]}" \
@@ -78,7 +78,7 @@ evaluate "$OUT/finetune"
 evaluate "$OUT/scratch"
 
 next_step "Drawing reconstructions"
-python -m util.visualize --checkpoint "${OUT#"$ROOT"/}/pretrain/checkpoint.pth" \
+python -m tools.visualize --checkpoint "${OUT#"$ROOT"/}/pretrain/checkpoint.pth" \
     --images "$OUT/data/val" --num_images 4 --kept_mask_ratio 0.75 --out "$OUT/reconstructions.png"
 
 next_step "Done"

@@ -35,7 +35,7 @@ status=0
 for row in "${rows[@]}"; do
     echo "== $row"
     # shellcheck disable=SC2086  # the row is a list of words
-    if "$PYTHON" -m util.benchmark $row --json >"$OUT/last.txt" 2>"$OUT/last.err"; then
+    if "$PYTHON" -m tools.benchmark $row --json >"$OUT/last.txt" 2>"$OUT/last.err"; then
         sed '$d' "$OUT/last.txt"
         tail -n 1 "$OUT/last.txt" >>"$OUT/results.jsonl"
     else

@@ -203,7 +203,7 @@ class Case:
 
     def check_files(self, folder: Path) -> None:
         """Log and last checkpoint are those of the undisturbed run."""
-        from util.checkpoint_file import read_checkpoint
+        from util.io.checkpoint_file import read_checkpoint
 
         assert read_log(folder) == read_log(self.folder)
         own, other = (read_checkpoint(f / "checkpoint.pth") for f in (folder, self.folder))
@@ -319,7 +319,7 @@ def differing(a, b, where: str = "") -> list[str]:
 
 def note_steps(path: str) -> None:
     """Write every step's loss down before anything else can happen to it."""
-    from util.train_log import TrainLog
+    from util.run.train_log import TrainLog
 
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     add = TrainLog.add
@@ -345,7 +345,7 @@ def arrange(nan_at=None, file_limit=None, freeze_at=None, die_at=None, delay=0.0
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    from util.loaders import DeviceLoader
+    from util.data.loaders import DeviceLoader
 
     iterate = DeviceLoader.__iter__
     count = iter(range(1 << 30))
@@ -421,7 +421,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     import main_finetune  # noqa: F401
     import main_pretrain  # noqa: F401
-    from util import run
+    from util.run import launch as run
 
     main = become(serve())
     run.run(main.main, main.get_args_parser().parse_args())

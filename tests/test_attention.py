@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from util.attention import Attend, AttendFlashKernel, AttendFlashPackage, get_attend
+from util.layers.attention import Attend, AttendFlashKernel, AttendFlashPackage, get_attend
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from util.measure import Clock, compare, count_flops, peak_memory
+from tools.measure import Clock, compare, count_flops, peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ TINY = "--model mae_vit_mini_patch4 --input_size 32 --batch_size 2 --decoder_dep
 
 @pytest.mark.parametrize("what", ["step", "eval", "optimizer", "loader"])
 def test_json_on_the_last_line(what, image_folder):
-    command = [sys.executable, "-m", "util.benchmark", "--what", what, *TINY.split(), "--json"]
+    command = [sys.executable, "-m", "tools.benchmark", "--what", what, *TINY.split(), "--json"]
     if what == "loader":
         command += ["--images", str(image_folder)]
     if what == "eval":

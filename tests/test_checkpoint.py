@@ -21,16 +21,16 @@ import pytest
 import torch
 from processes import ROOT
 
-from util import download
 from util.checkpoint import load_encoder, load_matching, load_strict
-from util.checkpoint_file import (
+from util.io import download
+from util.io.checkpoint_file import (
     kind_of,
     read_checkpoint,
     strip_prefixes,
     weights_of,
     write_checkpoint,
 )
-from util.errors import CheckpointError
+from util.io.errors import CheckpointError
 
 SENTENCE_END = (".", ")")
 
@@ -488,7 +488,7 @@ def test_hub(tmp_path):
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """
-from util.checkpoint_file import read_checkpoint
+from util.io.checkpoint_file import read_checkpoint
 for address in ("hf://own/repo/evil.pth", "hf://own/repo/none.pth"):
     try:
         read_checkpoint(address)

@@ -1,4 +1,4 @@
-"""util/data_stats.py: counts and statistics of folders whose contents are known."""
+"""tools/data_stats.py: counts and statistics of folders whose contents are known."""
 
 import re
 import shlex
@@ -13,8 +13,8 @@ from PIL import Image
 
 import main_finetune
 import main_pretrain
-from util import data_stats
-from util.errors import UserError
+from tools import data_stats
+from util.io.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -239,7 +239,7 @@ def test_mistakes_end_in_a_sentence(path, more, sentence, capsys, tmp_path):
 
 def test_command_line(image_folder):
     """As a user calls it, with reading processes."""
-    command = [sys.executable, "-m", "util.data_stats", str(image_folder), "--num_workers", "1"]
+    command = [sys.executable, "-m", "tools.data_stats", str(image_folder), "--num_workers", "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert line(result.stdout, "formats") == "JPEG 4, PNG 4"

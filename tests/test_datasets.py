@@ -12,9 +12,9 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
+from util.data.image_io import normalize
+from util.data.transforms import FastPretrainTransform, build_pretrain_transform, build_transform
 from util.datasets import build_dataset, build_pretrain_dataset
-from util.images import normalize
-from util.transforms import FastPretrainTransform, build_pretrain_transform, build_transform
 
 CASE = find_case("augment", "augment")
 BOUNDS = read_json("augment")["tolerance"]

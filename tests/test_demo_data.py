@@ -1,4 +1,4 @@
-"""util/demo_data.py: the split it promises, and how it treats a folder that is already there."""
+"""tools/demo_data.py: the split it promises, and how it treats a folder that is already there."""
 
 import json
 import subprocess
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util import demo_data
-from util.errors import UserError
+from tools import demo_data
+from util.io.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,7 +107,7 @@ def test_impossible_number_of_labels_is_refused(tmp_path, labels_per_class):
 
 def test_without_scikit_learn_it_says_what_to_install(tmp_path):
     blocked = "import sys; sys.modules['sklearn'] = None; sys.argv = ['demo_data', sys.argv[1]]; "
-    run = "import runpy; runpy.run_module('util.demo_data', run_name='__main__')"
+    run = "import runpy; runpy.run_module('tools.demo_data', run_name='__main__')"
     result = subprocess.run(
         [sys.executable, "-c", blocked + run, str(tmp_path / "digits")],
         cwd=ROOT,

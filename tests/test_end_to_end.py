@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_finetune
 import main_pretrain
-from util import run
+from util.run import launch as run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--input_size 32 --batch_size 2 --epochs 2 --warmup_epochs 1 --num_workers 1".split()

@@ -18,10 +18,10 @@ from parity_data import (
 from torch import nn
 
 from engine_pretrain import train_one_epoch
-from util.errors import NonFiniteLoss
+from util.io.errors import NonFiniteLoss
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount
-from util.train_log import TrainLog
+from util.run.train_log import TrainLog
 
 CPU = torch.device("cpu")
 

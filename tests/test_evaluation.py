@@ -1,4 +1,4 @@
-"""util/evaluation.py against timm, and pictures prepared without torchvision."""
+"""util/eval/inference.py against timm, and pictures prepared without torchvision."""
 
 from argparse import Namespace
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from util import evaluation
-from util.errors import UserError
+from util.eval import inference as evaluation
+from util.io.errors import UserError
 
 ARGS = dict(input_size=32, in_chans=3, mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3])
 FLAGS = dict(batch_size=3, num_workers=0, device="cpu", amp="off")

@@ -1,4 +1,4 @@
-"""util/export.py: what other software makes of our files, beside what our own models compute."""
+"""tools/export.py: what other software makes of our files, beside what our own models compute."""
 
 import json
 import logging
@@ -22,9 +22,9 @@ from timm.data import create_transform, resolve_data_config
 import models_cross
 import models_mae
 import models_vit
-from util import export
+from tools import export
 from util.build import load_trained
-from util.transforms import build_transform
+from util.data.transforms import build_transform
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -280,7 +280,7 @@ def test_command_line(tmp_path):
     model = models_vit.vit_mini_patch4(img_size=32, patch_size=16, num_classes=3, global_pool=True)
     args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
-    command = [sys.executable, "-m", "util.export", "--checkpoint", str(tmp_path / "c.pth")]
+    command = [sys.executable, "-m", "tools.export", "--checkpoint", str(tmp_path / "c.pth")]
     command += ["--to", "timm", "--out", str(tmp_path / "out")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stderr

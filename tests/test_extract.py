@@ -1,4 +1,4 @@
-"""util/extract.py: what is written, for class folders, loose files, and when something is wrong."""
+"""tools/extract.py: what is written for class folders, loose files and mistakes."""
 
 import re
 import subprocess
@@ -14,8 +14,8 @@ from PIL import Image
 
 import models_cross
 import models_vit
-from util import extract
-from util.errors import BadImage, UserError
+from tools import extract
+from util.io.errors import BadImage, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -158,7 +158,7 @@ def test_command_line(image_folder, tmp_path):
     model = models_vit.vit_mini_patch4(img_size=32, patch_size=16, num_classes=2)
     args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
-    command = [sys.executable, "-m", "util.extract", "--checkpoint", str(tmp_path / "c.pth")]
+    command = [sys.executable, "-m", "tools.extract", "--checkpoint", str(tmp_path / "c.pth")]
     command += ["--data", str(image_folder / "val"), "--out", str(tmp_path / "f.npz")]
     command += ["--num_workers", "1", "--device", "cpu"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

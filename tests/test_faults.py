@@ -23,7 +23,7 @@ from processes import (
     warm,
 )
 
-from util.checkpoint_file import read_checkpoint
+from util.io.checkpoint_file import read_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 28))  # 200 in the long campaign
 LIMIT = 120  # seconds for one attempt

@@ -1,11 +1,11 @@
-"""util/files.py: files are whole or as before."""
+"""util/io/files.py: files are whole or as before."""
 
 import os
 
 import pytest
 
-from util.errors import UserError
-from util.files import atomic_write, link_or_copy
+from util.io.errors import UserError
+from util.io.files import atomic_write, link_or_copy
 
 
 def test_a_file_is_whole_or_as_before(tmp_path):

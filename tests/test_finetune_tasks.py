@@ -7,9 +7,9 @@ import torch
 
 import main_finetune
 import main_pretrain
-from util.attention import Attend
-from util.checkpoint_file import read_checkpoint
-from util.run import start_logging
+from util.io.checkpoint_file import read_checkpoint
+from util.layers.attention import Attend
+from util.run.launch import start_logging
 
 SMALL = "--input_size 16 --batch_size 4 --num_workers 0 --device cpu".split()
 MODEL = ["--model", "vit_mini_patch4", *SMALL]

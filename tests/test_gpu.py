@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from util.attention import AttendFlashPackage, get_attend
-from util.compile import compile_blocks
+from tools.reference import textbook_loss
+from util.layers.attention import AttendFlashPackage, get_attend
+from util.layers.compile import compile_blocks
 from util.optim import NativeScalerWithGradNormCount, build_adamw
-from util.textbook import textbook_loss
 
 pytestmark = [
     pytest.mark.gpu,

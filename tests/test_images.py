@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from util.errors import BadImage, UserError
-from util.images import find_classes, find_images, normalize, open_image, read_image
-from util.transforms import FastPretrainTransform, build_pretrain_transform, build_transform
+from util.data.image_io import find_classes, find_images, normalize, open_image, read_image
+from util.data.transforms import FastPretrainTransform, build_pretrain_transform, build_transform
+from util.io.errors import BadImage, UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RANDOM = np.random.RandomState(0)

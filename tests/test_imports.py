@@ -1,9 +1,7 @@
 """Who imports whom: read from the source, so that a wrong import fails here and not in a review.
 
-Imports point downwards only: main -> engine, models, util; engine -> util; models -> util; inside
-util by the layers below, where a module may also use another one of its own layer. Tools (what a
-user runs with `python -m util.NAME`) stand beside the mains: they import downwards and nothing
-imports them.
+Imports point downwards: main and tools -> engines, models -> rooms of util -> files of util's root.
+A room is a folder; what it may import is one line below.
 """
 
 import ast
@@ -14,29 +12,39 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-UTIL_LAYERS = [
-    set(layer.split())
-    for layer in (
-        "attention masking patches pos_embed lr_sched lr_decay optim cli distributed download "
-        "errors files images pictures rng recompute signals textbook transforms",
-        "blocks metrics checkpoint_file checkpoint datasets loaders run shards start_block state "
-        "train_log views",
-        "vit compile measure evaluation report decoder_attention board",
-    )
-]
-MAIN = len(UTIL_LAYERS) + 2  # and tools
-ABOVE_MODELS = {"build"}  # of util: makes models from flags, for the scripts and the tools
-# Parts of util that models are made of: as strict as models_*.
-MODEL_PARTS = {"vit", "blocks", "masking", "patches", "pos_embed", "recompute", "errors"}
+# room -> rooms it may import from, besides itself; "util" is the files at util's root
+ROOMS = {
+    "util.io": "",
+    "util": "util.io",
+    "util.layers": "util.io util",
+    "models": "util.io util util.layers",
+    "util.run": "util.io util",
+    "util.data": "util.io util util.run",
+    "util.datasets": "util.io util util.data",
+    "engine": "util.io util util.run",
+    "util.build": "util.io util util.layers util.run models",
+    "util.vis": "util.io util util.layers util.data",
+    "util.eval": "util.io util util.run util.data util.datasets util.build util.vis",
+    "tools": "util.io util util.layers util.run util.data util.datasets util.build util.vis "
+    "util.eval models",
+    "main": "util.io util util.layers util.run util.data util.datasets util.build util.vis "
+    "util.eval engine",
+}
+# At util's root, because users of the MAE family import them by name; above the rest of it.
+OWN_ROOM = {"util.datasets", "util.build"}
+MODEL_ROOMS = ("models", "util.layers")
 NOT_FOR_MODELS = {"argparse", "os", "sys", "pathlib", "subprocess", "torch.distributed"}
 
 
 def modules() -> dict[str, ast.Module]:
-    """Every module of the project, {name: syntax tree}, for example "util.masking"."""
-    paths = {path.stem: path for path in ROOT.glob("*.py")}
-    paths |= {f"util.{path.stem}": path for path in (ROOT / "util").glob("*.py")}
-    paths.pop("util.__init__", None)
-    return {name: ast.parse(path.read_text(), str(path)) for name, path in sorted(paths.items())}
+    """Every module of the project, {name: syntax tree}, for example "util.layers.masking"."""
+    paths = [*ROOT.glob("*.py"), *(ROOT / "util").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    return {
+        name: ast.parse(path.read_text(), str(path))
+        for name, path in sorted(names.items())
+        if not name.endswith("__init__")
+    }
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -52,12 +60,13 @@ def imported(tree: ast.Module) -> set[str]:
     return names
 
 
-def is_tool(tree: ast.Module) -> bool:
-    """Does the module have an `if __name__ == "__main__"`?"""
-    return any(
-        isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        for node in tree.body
-    )
+def room_of(name: str) -> str:
+    """Key of ROOMS that a module belongs to."""
+    if name in OWN_ROOM:
+        return name
+    if "." in name:
+        return name.rpartition(".")[0]
+    return name.split("_")[0]
 
 
 MODULES = modules()
@@ -65,69 +74,60 @@ IMPORTS = {name: imported(tree) for name, tree in MODULES.items()}
 OWN_IMPORTS = {name: (names & MODULES.keys()) - {name} for name, names in IMPORTS.items()}
 
 
-def level(name: str) -> int:
-    """Height of a module: an import must lead to a lower one, or to one of the same util layer."""
-    if name.startswith("util."):
-        short = name.removeprefix("util.")
-        for height, layer in enumerate(UTIL_LAYERS):
-            if short in layer:
-                return height
-        if short in ABOVE_MODELS:
-            return len(UTIL_LAYERS) + 1
-        assert is_tool(MODULES[name]), f"{name}: give it a layer in UTIL_LAYERS"
-        return MAIN
-    kind = name.split("_")[0]
-    assert kind in ("models", "engine", "main"), f"{name}: not a name the layout knows"
-    return {"models": len(UTIL_LAYERS), "engine": len(UTIL_LAYERS), "main": MAIN}[kind]
-
-
-def is_main(name: str) -> bool:
-    return level(name) == MAIN
-
-
-def test_the_modules_were_found():
-    assert {"main_pretrain", "models_cross", "engine_finetune", "util.blocks"} <= MODULES.keys()
+def test_every_room_has_its_sentence():
+    for folder in {path.parent for path in (ROOT / "util").glob("*/*.py")} | {ROOT / "tools"}:
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert text and len(text.splitlines()) <= 2, folder
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_downwards(name):
+    room = room_of(name)
+    allowed = {room, *ROOMS[room].split()}
     for other in OWN_IMPORTS[name]:
-        same_layer = level(other) == level(name) < len(UTIL_LAYERS)
-        allowed = level(other) < level(name) or same_layer
-        assert allowed, f"{name} imports {other}, which stands above or beside it"
+        assert room_of(other) in allowed, f"{name} imports {other}, which its room may not"
 
 
-def test_no_circles():
+def test_no_circles_between_files():
     order = list(TopologicalSorter(OWN_IMPORTS).static_order())  # raises CycleError naming a circle
     assert set(order) == set(OWN_IMPORTS)
 
 
-def test_mains_and_tools_are_imported_by_nothing():
+def test_no_circles_between_rooms():
+    list(TopologicalSorter({room: below.split() for room, below in ROOMS.items()}).static_order())
+
+
+def test_commands_are_imported_by_nothing():
+    """A module that is run is no library; the one exception is what a tool's tests import."""
+    commands = {name for name in MODULES if room_of(name) == "main"}
     for name, others in OWN_IMPORTS.items():
-        assert not [other for other in others if is_main(other)], name
+        assert not others & commands, name
 
 
 def test_engines_know_no_model():
     for name in MODULES:
-        if name.startswith("engine_"):
-            known = {other for other in OWN_IMPORTS[name] if other.startswith("models_")}
-            assert not known | (OWN_IMPORTS[name] & {"util.vit", "util.blocks"}), name
+        if room_of(name) == "engine":
+            assert not [x for x in OWN_IMPORTS[name] if room_of(x) in MODEL_ROOMS], name
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in MODULES if name.startswith("models_")]
-    + [f"util.{part}" for part in sorted(MODEL_PARTS) if f"util.{part}" in MODULES],
-)
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) in MODEL_ROOMS])
 def test_models_know_no_flags_files_or_processes(name):
     assert not IMPORTS[name] & NOT_FOR_MODELS
-    assert OWN_IMPORTS[name] <= {f"util.{part}" for part in MODEL_PARTS | {"attention"}}
+    root = {other for other in OWN_IMPORTS[name] if room_of(other) in ("util", "util.io")}
+    assert root <= {"util.pos_embed", "util.io.errors"}
 
 
 def test_only_attention_knows_flash_attn():
     for name, names in IMPORTS.items():
-        if name != "util.attention":
+        if name != "util.layers.attention":
             assert not [other for other in names if other.split(".")[0].startswith("flash_attn")]
+
+
+def test_matplotlib_is_imported_by_figures_only():
+    """Training imports it only for --log_images, and then through util.vis."""
+    for name, names in IMPORTS.items():
+        if any(other.split(".")[0] == "matplotlib" for other in names):
+            assert room_of(name) in ("util.vis", "tools"), name
 
 
 def test_nothing_of_the_project_imports_the_tests():

@@ -1,4 +1,4 @@
-"""util/knn.py: the vote against a double loop, and what is said when the data does not fit."""
+"""tools/knn.py: the vote against a double loop, and what is said when the data does not fit."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models_vit import vit_mini_patch4
-from util import knn
+from tools import knn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,7 +131,7 @@ def test_command_line(tmp_path):
     model = vit_mini_patch4(img_size=32, patch_size=16, num_classes=3)
     args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
-    command = [sys.executable, "-m", "util.knn", "--checkpoint", str(tmp_path / "c.pth")]
+    command = [sys.executable, "-m", "tools.knn", "--checkpoint", str(tmp_path / "c.pth")]
     command += ["--data_path", str(tmp_path / "data"), "--k", "1", "3", "50", "--json"]
     command += ["--num_workers", "0", "--device", "cpu", "--which", "cls"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-import util.loaders
+import util.data.loaders
 from engine_pretrain import train_one_epoch
-from util.datasets import MAX_ATTEMPTS, build_dataset, build_pretrain_dataset
-from util.errors import BadImage
-from util.loaders import (
+from util.data.loaders import (
     EvalBatches,
     TrainBatches,
     build_eval_loader,
     build_loader,
     build_train_loader,
 )
+from util.datasets import MAX_ATTEMPTS, build_dataset, build_pretrain_dataset
+from util.io.errors import BadImage
 from util.optim import NativeScalerWithGradNormCount
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -59,12 +59,12 @@ def spoil(folder, *numbers: int) -> list[str]:
 @pytest.mark.parametrize("world_size, batch_size", [(1, 4), (2, 4), (3, 5)])
 def test_processes_share_an_epoch(world_size, batch_size, monkeypatch):
     """Equally many full batches, no picture twice, another order and other left-overs each time."""
-    monkeypatch.setattr(util.loaders, "get_world_size", lambda: world_size)
+    monkeypatch.setattr(util.data.loaders, "get_world_size", lambda: world_size)
     epochs = []
     for epoch in (0, 1, 0):
         drawn = []
         for rank in range(world_size):
-            monkeypatch.setattr(util.loaders, "get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(util.data.loaders, "get_rank", lambda rank=rank: rank)
             batches = TrainBatches(47, batch_size, seed=3)
             batches.set_epoch(epoch)
             assert len(list(batches)) == len(batches) == 47 // world_size // batch_size

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from util.masking import count_patches, random_masking, take_tokens
+from util.layers.masking import count_patches, random_masking, take_tokens
 
 
 @pytest.mark.parametrize(

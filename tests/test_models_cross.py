@@ -14,7 +14,7 @@ from parity_data import (
     tensors_of,
 )
 
-from util.masking import count_patches, random_masking
+from util.layers.masking import count_patches, random_masking
 
 CASES = [c for c in parity_cases("forward", "forward") if c.values[0]["module"] == "models_cross"]
 

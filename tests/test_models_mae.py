@@ -13,8 +13,8 @@ from parity_data import (
     tensors_of,
 )
 
-from util.masking import count_patches, random_masking
-from util.patches import normalize_patches, patchify
+from util.layers.masking import count_patches, random_masking
+from util.layers.patchify import normalize_patches, patchify
 
 CASES = [c for c in parity_cases("forward", "forward") if c.values[0]["module"] == "models_mae"]
 

@@ -18,9 +18,9 @@ from processes import warm
 
 import main_finetune
 import main_pretrain
-from util import run
 from util.datasets import build_dataset, build_pretrain_dataset, find_pictures
-from util.errors import BadImage
+from util.io.errors import BadImage
+from util.run import launch as run
 
 TINY = (
     "--patch_size 16 --input_size 32 --batch_size 2 --epochs 1 --warmup_epochs 0 --num_workers 0 "

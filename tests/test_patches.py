@@ -2,7 +2,7 @@
 
 import torch
 
-from util.patches import normalize_patches, patchify, take_patches, unpatchify
+from util.layers.patchify import normalize_patches, patchify, take_patches, unpatchify
 
 
 def test_patchify_pixel_by_pixel():

@@ -1,4 +1,4 @@
-"""util/plot_log.py: which numbers are read from log.txt, and where they stand in the picture."""
+"""tools/plot_log.py: which numbers are read from log.txt, and where they stand in the picture."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from util import plot_log
-from util.errors import UserError
+from tools import plot_log
+from util.io.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,7 +130,7 @@ def test_command(tmp_path):
         tmp_path / "b", [{"train_loss": 1.0, "test_acc1": 10.0 * i, "epoch": i} for i in range(3)]
     )
     out = tmp_path / "curves.png"
-    command = [sys.executable, "-m", "util.plot_log", first, second, "--out", out]
+    command = [sys.executable, "-m", "tools.plot_log", first, second, "--out", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     with Image.open(out) as picture:

@@ -1,4 +1,4 @@
-"""util/report.py: predictions and tables against plain loops and numbers worked out by hand."""
+"""util/eval/report.py: predictions and tables against plain loops and hand-computed numbers."""
 
 import csv
 from argparse import Namespace
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from test_evaluation import make_args, prepared
 
-from util import report
-from util.evaluation import list_files
+from util.eval import report
+from util.eval.inference import list_files
 
 MATRIX = torch.tensor([[3, 1, 0], [0, 4, 0], [2, 2, 4]])  # 16 pictures, 11 right
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from processes import OFTEN, STEPS, read_steps, undisturbed, wait_until
 
-from util import signals
-from util.checkpoint_file import read_checkpoint
+from util.io.checkpoint_file import read_checkpoint
 from util.optim import NativeScalerWithGradNormCount
-from util.state import RunState, get_random_state, remove_old, tidy_output
+from util.run import signals
+from util.run.state import RunState, get_random_state, remove_old, tidy_output
 
 CASES = {  # script, processes, loader processes of the run that is killed
     "pretrain": ("main_pretrain", 1, 0),

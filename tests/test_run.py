@@ -8,8 +8,8 @@ import torch
 from parity_data import assert_rates_match, read_json
 
 from main_pretrain import lr_scale
-from util.run import set_lr
-from util.start_block import report_start
+from util.run.launch import set_lr
+from util.run.startup import report_start
 
 SCHEDULES = read_json("schedules")
 RULE = [(f"rule {i}", entry) for i, entry in enumerate(SCHEDULES["effective_lr"])]

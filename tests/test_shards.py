@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from processes import PRETRAIN, read_log, warm
 
+from util.data.image_io import open_image
+from util.data.loaders import build_train_loader
+from util.data.shards import expand, read_shards
 from util.datasets import build_pretrain_dataset, find_pictures
-from util.errors import BadImage, UserError
-from util.images import open_image
-from util.loaders import build_train_loader
-from util.shards import expand, read_shards
+from util.io.errors import BadImage, UserError
 
 COUNT = 22  # pictures
 

@@ -17,8 +17,8 @@ from processes import (
     wait_until,
 )
 
-from util.checkpoint_file import read_checkpoint
-from util.signals import EXIT_INTERRUPTED
+from util.io.checkpoint_file import read_checkpoint
+from util.run.signals import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = {"delay": 0.3}  # seconds per step, so that a signal arrives between two of them
@@ -120,8 +120,8 @@ def test_outside_of_training_the_first_signal_ends(tmp_path):
     code = (
         "import time\n"
         "from pathlib import Path\n"
-        "from util import run\n"
-        "from util.files import atomic_write\n"
+        "from util.run import launch as run\n"
+        "from util.io.files import atomic_write\n"
         "def main(out):\n"
         "    with atomic_write(out):\n"
         "        Path(out).with_name('ready').touch()\n"

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from util.compile import compile_blocks
-from util.textbook import textbook_loss
+from tools.reference import textbook_loss
+from util.layers.compile import compile_blocks
 
 VARIANTS = [
     dict(weight_fm=weight_fm, use_input=use_input, use_fm=use_fm, self_attn=self_attn)

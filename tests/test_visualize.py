@@ -1,4 +1,4 @@
-"""util/visualize.py and what it draws with: true colours, exact masks, attention and weights."""
+"""tools/visualize.py and what it draws with: true colours, exact masks, attention and weights."""
 
 import subprocess
 import sys
@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from util import visualize
-from util.cli import IMAGENET_MEAN, IMAGENET_STD
-from util.decoder_attention import (
+from tools import visualize
+from util.io.errors import CheckpointError, UserError
+from util.layers.patchify import patchify
+from util.run.flags import IMAGENET_MEAN, IMAGENET_STD
+from util.vis.attention_maps import (
     attention_grid,
     attention_weights,
     catch_outputs,
     read_attention,
 )
-from util.errors import CheckpointError, UserError
-from util.patches import patchify
-from util.pictures import (
+from util.vis.figures import (
     GREY,
     HATCH,
     HEAT,
@@ -32,7 +32,7 @@ from util.pictures import (
     to_rgb,
     wrap,
 )
-from util.views import (
+from util.vis.reconstruction import (
     draw_noise,
     feature_map_weights,
     reconstruct,
@@ -411,7 +411,7 @@ def test_command(tmp_path, image_folder):
     """In a process of its own, as a user runs it, on a folder and a file."""
     checkpoint = write_checkpoint(tmp_path / "c.pth", input_size=[16, 32])
     out = tmp_path / "deep" / "grid.png"
-    command = [sys.executable, "-m", "util.visualize", "--checkpoint", checkpoint, "--out", out]
+    command = [sys.executable, "-m", "tools.visualize", "--checkpoint", checkpoint, "--out", out]
     command += ["--images", image_folder / "val", image_folder / "train/a/0.jpg", "--device", "cpu"]
     done = subprocess.run([*command, "--num_images", "3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,10 +9,10 @@ import models_cross
 import models_mae
 import models_vit
 from util.checkpoint import load_strict
-from util.checkpoint_file import kind_of, read_checkpoint, weights_of
-from util.cli import fill_channels
-from util.errors import CheckpointError, UserError
-from util.masking import count_patches
+from util.io.checkpoint_file import kind_of, read_checkpoint, weights_of
+from util.io.errors import CheckpointError, UserError
+from util.layers.masking import count_patches
+from util.run.flags import fill_channels
 
 PRETRAIN_DEFAULTS = dict(
     cross_mae=False,

@@ -1,6 +1,6 @@
 """What a run saves, and the ways to load it: resume, an encoder into a classifier, all or nothing.
 
-The files themselves are read and written by util/checkpoint_file.py.
+The files themselves are read and written by util/io/checkpoint_file.py.
 """
 
 import logging
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from util.checkpoint_file import (
+from util.io.checkpoint_file import (
     kind_of,
     plain_args,
     read_checkpoint,
@@ -17,7 +17,7 @@ from util.checkpoint_file import (
     weights_of,
     write_checkpoint,
 )
-from util.errors import CheckpointError, one_line
+from util.io.errors import CheckpointError, one_line
 from util.pos_embed import interpolate_pos_embed
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from util.errors import BadImage, UserError
-from util.images import (
+from util.data.image_io import (
     PIL_MODES,
     find_classes,
     find_images,
@@ -19,14 +18,15 @@ from util.images import (
     open_image,
     read_image,
 )
-from util.rng import seeded
-from util.shards import ShardSamples, is_shards, read_shards
-from util.transforms import (
+from util.data.shards import ShardSamples, is_shards, read_shards
+from util.data.transforms import (
     FastPretrainTransform,
     build_array_transform,
     build_pretrain_transform,
     build_transform,
 )
+from util.io.errors import BadImage, UserError
+from util.rng import seeded
 
 MAX_ATTEMPTS = 10  # pictures in a row that --skip_bad_images tries
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import UserError, one_line
+from util.io.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.errors import UserError
+from util.io.errors import UserError
 
 logger = logging.getLogger(__name__)
 

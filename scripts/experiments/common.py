@@ -24,8 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for the project's modules
 
-from util.files import atomic_write  # noqa: E402
-from util.measure import count_flops  # noqa: E402
+from tools.measure import count_flops  # noqa: E402
+from util.io.files import atomic_write  # noqa: E402
 
 # The encoder of every experiment, and how long the runs are: see docs/experiments.md.
 PRETRAIN = (
@@ -167,7 +167,7 @@ def pretrain(flags: str, data: Path, folder: Path) -> tuple[list[float], float]:
 def knn(checkpoint: Path, data: Path, k: int = 10) -> float:
     """kNN accuracy in percent of the mean patch feature."""
     command = (
-        f"-m util.knn --checkpoint {quote(checkpoint)} --data_path {quote(data)} --which mean "
+        f"-m tools.knn --checkpoint {quote(checkpoint)} --data_path {quote(data)} --which mean "
         f"--k {k} --json"
     )
     printed, _ = call(command, checkpoint.parent / "knn.txt")

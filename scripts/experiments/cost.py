@@ -3,7 +3,7 @@
     python scripts/experiments/cost.py
 
 One image, forward pass, a multiply-add counted as two; nothing is computed (meta device), so it
-takes seconds. Speed and memory are util.benchmark's business, see docs/experiments.md.
+takes seconds. Speed and memory are tools.benchmark's business, see docs/experiments.md.
 """
 
 import common

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from util.errors import UserError
+from util.io.errors import UserError
 
 SIZE = 64
 SIDES = (64, 128)  # of a crop, in pixels of the photograph

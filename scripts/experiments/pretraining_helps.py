@@ -27,7 +27,7 @@ class Data(NamedTuple):
 
 
 DATA = {
-    "digits": Data("-m util.demo_data", ".", ".", "--input_size 32"),
+    "digits": Data("-m tools.demo_data", ".", ".", "--input_size 32"),
     "photographs": Data(
         "scripts/experiments/photographs.py", "seen", "unseen", "--input_size 64 --patch_size 8"
     ),

@@ -12,7 +12,7 @@ import re
 
 import common
 
-STEP = "-m util.benchmark --what step --repeats 3 --threads 1 --amp off --json"
+STEP = "-m tools.benchmark --what step --repeats 3 --threads 1 --amp off --json"
 CHANGES = {
     "ViT-S": "",
     "batch 4": "--batch_size 4",
@@ -53,7 +53,7 @@ def measure_processes(processes: int, args) -> dict:
     common.make_folder(
         pictures,
         lambda folder: common.call(
-            f"-m util.demo_data {common.quote(folder)}", args.out / "digits.txt"
+            f"-m tools.demo_data {common.quote(folder)}", args.out / "digits.txt"
         ),
     )
     launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes}"

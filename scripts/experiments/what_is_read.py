@@ -9,9 +9,9 @@ import sys
 
 import common
 
-from util.decoder_attention import READ, read_attention  # noqa: E402
-from util.views import draw_noise  # noqa: E402
-from util.visualize import choose_images, load_images, load_pretrained  # noqa: E402
+from tools.visualize import choose_images, load_images, load_pretrained  # noqa: E402
+from util.vis.attention_maps import READ, read_attention  # noqa: E402
+from util.vis.reconstruction import draw_noise  # noqa: E402
 
 NUM_IMAGES = 200
 

@@ -1,0 +1,154 @@
+"""Write the demo's pictures: scikit-learn's bundled handwritten digits as PNG class folders.
+
+    python -m tools.demo_data OUT_DIR
+
+1,797 scans of the digits 0-9, 8x8 pixels with 17 grey levels, come inside the scikit-learn package
+(a part of the UCI "Optical Recognition of Handwritten Digits" set), so nothing is downloaded. Each
+becomes a 32x32 RGB picture by bicubic enlargement. The split is fixed:
+
+    OUT_DIR/train/<digit>/digit_<number>.png    numbers 0-1296 in scikit-learn's order
+    OUT_DIR/val/<digit>/...                     numbers 1297-1796, 500 pictures
+    OUT_DIR/few/train/<digit>/...               of each class of train `--labels_per_class`
+                                                pictures, spread evenly over its order
+    OUT_DIR/few/val/<digit>/...                 the same pictures as OUT_DIR/val
+
+Both OUT_DIR (all labels) and OUT_DIR/few (few labels) are folders for --data_path. A second call
+with the same settings finds its own work and writes nothing; other content is refused.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from util.io.errors import UserError
+from util.run import launch as run
+
+IMAGE_SIZE = 32
+NUM_TRAIN = 1297
+LABELS_PER_CLASS = 10
+RECORD = "demo_data.json"  # written last: says that the folder is ours and complete
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The scans, uint8 (1797, 8, 8), and their labels, int (1797,).
+
+    Raises:
+        UserError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits as sklearn_digits
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"The demo's pictures come from scikit-learn, but {error.name!r} is not installed: "
+            "run `pip install -r scripts/requirements-demo.txt`."
+        ) from error
+    digits = sklearn_digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+
+
+def enlarge(scan: np.ndarray) -> Image.Image:
+    """One scan, uint8 (8, 8), as an RGB picture of IMAGE_SIZE x IMAGE_SIZE pixels."""
+    picture = Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    return picture.convert("RGB")
+
+
+def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[int]]:
+    """Which scans go into which folder, {folder: scan numbers}; see the module's docstring."""
+    train, val = range(NUM_TRAIN), range(NUM_TRAIN, len(labels))
+    few = []
+    for digit in np.unique(labels):
+        members = np.flatnonzero(labels[:NUM_TRAIN] == digit)
+        if not 1 <= labels_per_class <= len(members):
+            raise UserError(
+                f"--labels_per_class {labels_per_class} is not possible: class {digit} has "
+                f"{len(members)} training pictures."
+            )
+        few += members[np.linspace(0, len(members) - 1, labels_per_class).astype(int)].tolist()
+    return {"train": list(train), "val": list(val), "few/train": few, "few/val": list(val)}
+
+
+def is_complete(out_dir: Path, settings: dict) -> bool:
+    """Does out_dir hold the pictures for these settings already?
+
+    Raises:
+        UserError: out_dir holds something that this tool did not write with these settings.
+    """
+    if not out_dir.exists():
+        return False
+    if not out_dir.is_dir():
+        raise UserError(f"{out_dir} is a file, not a folder: name another OUT_DIR.")
+    record = out_dir / RECORD
+    if not record.is_file():
+        if any(out_dir.iterdir()):
+            raise UserError(
+                f"{out_dir} is not empty and not written by this tool (no {RECORD} in it): "
+                "name a new folder, or empty this one."
+            )
+        return False
+    found = json.loads(record.read_text())
+    if found.get("settings") != settings:
+        raise UserError(
+            f"{out_dir} was written with other settings ({found.get('settings')} instead of "
+            f"{settings}): name a new folder, or delete this one."
+        )
+    return found["complete"] and all(
+        sum(1 for _ in (out_dir / folder).glob("*/*.png")) == count
+        for folder, count in found["pictures"].items()
+    )
+
+
+def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> dict[str, int]:
+    """Write the class folders below out_dir, unless they are there; {folder: number of pictures}.
+
+    Raises:
+        UserError: out_dir holds something that this tool did not write with these settings.
+        UserError: a class has fewer training pictures than labels_per_class.
+        UserError: scikit-learn is not installed.
+    """
+    settings = {"image_size": IMAGE_SIZE, "labels_per_class": labels_per_class}
+    record = out_dir / RECORD
+    if is_complete(out_dir, settings):
+        return json.loads(record.read_text())["pictures"]
+
+    scans, labels = load_digits()
+    split = split_indices(labels, labels_per_class)
+    counts = {folder: len(indices) for folder, indices in split.items()}
+    state = {"settings": settings, "pictures": counts}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(state | {"complete": False}) + "\n")
+    for folder, indices in split.items():
+        for index in indices:
+            path = out_dir / folder / str(labels[index]) / f"digit_{index:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            enlarge(scans[index]).save(path)
+    record.write_text(json.dumps(state | {"complete": True}) + "\n")
+    return counts
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.demo_data",
+        description="Write scikit-learn's handwritten digits as 32x32 PNG class folders: "
+        "OUT_DIR/{train,val} with all labels, OUT_DIR/few/{train,val} with few.",
+    )
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to write to")
+    parser.add_argument(
+        "--labels_per_class",
+        type=int,
+        default=LABELS_PER_CLASS,
+        help="training pictures per class in OUT_DIR/few (default: %(default)s)",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    counts = write_demo_data(args.out_dir, args.labels_per_class)
+    for folder, count in counts.items():
+        print(f"{count:5d} pictures in {args.out_dir / folder}")
+
+
+if __name__ == "__main__":
+    run.run(main, get_args_parser().parse_args())

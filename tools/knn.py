@@ -1,0 +1,198 @@
+"""k-nearest-neighbour accuracy of frozen features: how good they are before any training on them.
+
+    python -m tools.knn --checkpoint C --data_path DIR
+
+Every picture of DIR/val is given the class that its k nearest pictures of DIR/train (by cosine)
+vote for, each with weight exp(similarity / T), as in DINO (arXiv 2104.14294). Both folders go
+through the evaluation transform. A class without a vote is no guess.
+
+Letters: B query images, M training images, D encoder width, K classes, k neighbours.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from util.build import load_trained
+from util.datasets import check_same_classes, list_classes
+from util.eval.inference import (
+    add_evaluation_flags,
+    build_files_loader,
+    default_feature,
+    describe_transform,
+    run_features,
+    set_evaluation,
+)
+from util.eval.report import few_classes_note
+from util.io.errors import UserError
+from util.run import launch as run
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 32768  # training images compared at once
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m tools.knn", description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", required=True, help="folder with train/ and val/")
+    parser.add_argument(
+        "--k",
+        type=int,
+        nargs="+",
+        default=[1, 5, 10, 20, 100],
+        help="numbers of neighbours to try (default: 1 5 10 20 100)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.07, help="T of the vote (default: 0.07)"
+    )
+    parser.add_argument(
+        "--which",
+        choices=["cls", "mean"],
+        help="class token or mean of the patches (default: what the model's head reads; of a "
+        "pre-training checkpoint cls)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="end with all results as one line of JSON"
+    )
+    add_evaluation_flags(parser, batch_size=256)
+    return parser
+
+
+def find_nearest(queries: Tensor, bank: Tensor, count: int, chunk: int = CHUNK):
+    """The `count` nearest rows of bank (M, D) to each of queries (B, D), the nearest first.
+
+    All rows have length 1. Returns similarities (B, count) and row numbers (B, count); at no time
+    more than B x chunk similarities are held.
+    """
+    near = queries.new_empty(len(queries), 0)
+    ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), chunk):
+        similar = queries @ bank[start : start + chunk].T  # (B, chunk)
+        best = similar.topk(min(count, similar.shape[1]), dim=1)
+        near = torch.cat([near, best.values], dim=1)
+        ids = torch.cat([ids, best.indices + start], dim=1)
+        near, order = near.topk(min(count, near.shape[1]), dim=1)
+        ids = ids.gather(1, order)
+    return near, ids
+
+
+def vote(near: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """Scores (B, K) from similarities (B, k), the nearest first, and neighbours' labels (B, k).
+
+    exp(similarity / T), relative to the nearest so that no temperature overflows.
+    """
+    weights = ((near.double() - near[:, :1]) / temperature).exp()
+    scores = torch.zeros(len(near), num_classes, dtype=torch.float64, device=near.device)
+    return scores.scatter_add_(1, labels, weights)
+
+
+def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
+    """Number right among the first and the first five guesses (2,), scores (B, K)."""
+    best = scores.topk(min(5, scores.shape[1]), dim=1)
+    right = (best.indices == labels.unsqueeze(1)) & (best.values > 0)
+    return torch.stack([right[:, 0].sum(), right.sum()])
+
+
+def measure_knn(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Iterable[tuple[Tensor, Tensor]],
+    ks: list[int],
+    temperature: float,
+    num_classes: int,
+    chunk: int = CHUNK,
+) -> dict[int, tuple[float, float]]:
+    """{k: (Acc@1, Acc@5)} in percent.
+
+    Args:
+        bank: training features (M, D); bank_labels (M,).
+        queries: batches of features (B, D) and labels (B,).
+    """
+    bank = F.normalize(bank, dim=1)
+    correct, total = dict.fromkeys(ks, 0), 0
+    for features, labels in queries:
+        near, ids = find_nearest(F.normalize(features, dim=1), bank, max(ks), chunk)
+        voters = bank_labels[ids]  # (B, max k)
+        for k in ks:
+            scores = vote(near[:, :k], voters[:, :k], num_classes, temperature)
+            correct[k] = correct[k] + count_correct(scores, labels)
+        total += len(labels)
+    return {k: tuple(100 * right / total for right in correct[k].tolist()) for k in ks}
+
+
+def choose_ks(ks: list[int], num_train: int) -> list[int]:
+    """Those k that there are training pictures for, ascending.
+
+    Raises:
+        UserError: there is none.
+    """
+    if min(ks) < 1:
+        raise UserError(f"--k holds {min(ks)}; it must be at least 1.")
+    possible = sorted({k for k in ks if 1 <= k <= num_train})
+    left_out = sorted(set(ks) - set(possible))
+    if not possible:
+        raise UserError(
+            f"--k {' '.join(map(str, ks))} does not fit {num_train} training pictures; "
+            f"choose from 1 to {num_train}."
+        )
+    if left_out:
+        names = ", ".join(map(str, left_out))
+        logger.warning("Left out k = %s: there are %d training pictures", names, num_train)
+    return possible
+
+
+def find_split(data_path: str) -> tuple[list[str], list, list]:
+    """Class names, and (path, class number) of train/ and of val/.
+
+    Raises:
+        UserError: one of them is missing or has an empty class.
+        UserError: they have different classes.
+    """
+    classes, train = list_classes(Path(data_path, "train"))
+    val_classes, val = list_classes(Path(data_path, "val"))
+    check_same_classes(data_path, classes, val_classes)
+    return classes, train, val
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure and print.
+
+    Raises:
+        UserError: a flag is out of its range, or train/ and val/ do not belong together.
+    """
+    if args.temperature <= 0:
+        raise UserError(f"--temperature is {args.temperature}; it must be above 0.")
+    classes, train, val = find_split(args.data_path)
+    ks = choose_ks(args.k, len(train))
+    model, trained = load_trained(args.checkpoint, model=args.model)
+    set_evaluation(trained, args)
+    which = args.which or default_feature(model)
+    model.to(trained.device)
+    logger.info("%s of %s, %s", which, trained.model, args.checkpoint)
+    logger.info("train/ (%d) and val/ (%d): %s", len(train), len(val), describe_transform(trained))
+
+    def features(samples, title):
+        loader = build_files_loader(samples, classes, trained)
+        return run_features(model, loader, which, trained.device, trained.amp, title)
+
+    bank, labels = (torch.cat(parts) for parts in zip(*features(train, "train"), strict=True))
+    queries = features(val, "val")
+    results = measure_knn(bank, labels, queries, ks, args.temperature, len(classes))
+    for k, (acc1, acc5) in results.items():
+        print(f"kNN k={k} T={args.temperature:g}: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
+    if few_classes_note(len(classes)):
+        logger.info(few_classes_note(len(classes)))
+    if args.json:
+        rows = [{"k": k, "acc1": acc1, "acc5": acc5} for k, (acc1, acc5) in results.items()]
+        facts = dict(checkpoint=args.checkpoint, which=which, temperature=args.temperature)
+        print(json.dumps(facts | dict(train=len(train), val=len(val), knn=rows)), flush=True)
+
+
+if __name__ == "__main__":
+    run.run(main, get_args_parser().parse_args())

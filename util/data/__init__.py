@@ -1,0 +1,1 @@
+"""Images: which there are, opening them, transforms, batches."""

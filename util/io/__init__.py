@@ -1,0 +1,1 @@
+"""Files: atomic writes, downloads, checkpoint files, and the errors a user can act on."""

@@ -1,0 +1,184 @@
+"""Checkpoint files: the one safe read, the one safe write, and what kind of file it is.
+
+A file is a dict of tensors and plain values under the names the MAE family uses (model, optimizer,
+epoch, scaler, args), so other tools find `model` where they look for it. Reading never runs code
+from the file.
+"""
+
+import argparse
+import json
+import logging
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from util.io.download import fetch
+from util.io.errors import CheckpointError, one_line
+from util.io.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+PLAIN = (str, int, float, bool, type(None))  # besides lists and tuples of them
+PREFIXES = ("module.", "_orig_mod.")  # of DDP and compile
+
+
+def read_checkpoint(source: str | Path) -> dict:
+    """Read a checkpoint from a file or an https or hf:// address, without running anything in it.
+
+    Tensors, containers, numbers and strings are accepted, and argparse.Namespace with such values
+    (older files keep their arguments in one; it comes back as a dict). safetensors files are read
+    as weights.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no checkpoint, or holds anything else.
+    """
+    path = Path(fetch(str(source)))
+    if path.is_dir() or not path.exists():
+        raise CheckpointError(f"There is no checkpoint file {path}; check the path.")
+    size = path.stat().st_size
+    try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        if zipfile.is_zipfile(path):
+            check_zip(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(explain_refusal(path, size, error)) from error
+    except Exception as error:  # a damaged file fails in many ways, each named by its own library
+        raise CheckpointError(
+            f"{path} ({size:,} bytes) is no complete checkpoint ({one_line(error)}); "
+            "copy or download it again."
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; a dict with the entry "
+            "'model' or a state dict is needed."
+        )
+    return {
+        key: read_args(path, value) if key == "args" else value for key, value in checkpoint.items()
+    }
+
+
+def read_safetensors(path: Path) -> dict:
+    """Weights of a safetensors file, with arguments and class names if tools.export wrote it."""
+    with safe_open(path, framework="pt") as file:
+        checkpoint = {"model": {name: file.get_tensor(name) for name in file.keys()}}
+        metadata = file.metadata() or {}
+    for entry in ("args", "class_names"):
+        if entry in metadata:
+            checkpoint[entry] = json.loads(metadata[entry])
+    return checkpoint
+
+
+def check_zip(path: Path) -> None:
+    """Compare the checksum of every member, which torch.load does not.
+
+    Raises:
+        CheckpointError: a member is damaged, or compressed, as torch never writes them.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{path} is no checkpoint file: {member.filename} in it is compressed; "
+                    "use the file as torch.save wrote it."
+                )
+        damaged = archive.testzip()
+    if damaged:
+        raise CheckpointError(
+            f"{path} is damaged: the checksum of {damaged} is wrong; use another copy of it."
+        )
+
+
+def explain_refusal(path: Path, size: int, error: Exception) -> str:
+    """Say what was found where weights were expected."""
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return f"{path} ({size:,} bytes) is a web page, not a checkpoint; download the file itself."
+    if not zipfile.is_zipfile(path) and not start.startswith((b"\x80", b"pk")):
+        return f"{path} ({size:,} bytes) is no checkpoint file; check what it is."
+    try:
+        names = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # only old or damaged files: the sentence below still says enough
+        names = ""
+    return (
+        f"{path} is refused: it asks for code to be run ({names or one_line(error)}), which a "
+        "file of weights never needs; get it from a source you trust and save its weights alone."
+    )
+
+
+def read_args(path: Path, args) -> dict:
+    """Arguments of a run as a dict of plain values; anything else is left out, and named."""
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
+        logger.warning("%s: its args are a %s; left out", path, type(args).__name__)
+        return {}
+    plain = {}
+    for name, value in args.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if isinstance(name, str) and all(type(v) in PLAIN for v in values):
+            plain[name] = value
+        else:
+            logger.warning("%s: argument %s is a %s; left out", path, name, type(value).__name__)
+    return plain
+
+
+def weights_of(checkpoint: dict, source: str = "the checkpoint") -> dict[str, Tensor]:
+    """The state dict inside, whichever way it is wrapped, without the prefixes of DDP and compile.
+
+    Raises:
+        CheckpointError: there are no weights.
+    """
+    weights = checkpoint.get("model", checkpoint)
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        found = ", ".join(map(str, list(checkpoint)[:8]))
+        raise CheckpointError(
+            f"{source} holds no weights (entries: {found}); an entry 'model' with a state dict, "
+            "or a bare state dict, is needed."
+        )
+    return {strip_prefixes(name): value for name, value in weights.items()}
+
+
+def strip_prefixes(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def kind_of(weights: dict[str, Tensor]) -> str:
+    """ "pre-training", "fine-tuned", "encoder" or "unknown", told by the names of the weights."""
+    if "mask_token" in weights:
+        return "pre-training"
+    if "head.weight" in weights or "head.1.weight" in weights:
+        return "fine-tuned"
+    return "encoder" if "patch_embed.proj.weight" in weights else "unknown"
+
+
+def plain_args(args: argparse.Namespace) -> dict:
+    """Arguments as plain values and lists of them; of anything else its text."""
+    return {k: v if isinstance(v, (*PLAIN, list, tuple)) else str(v) for k, v in vars(args).items()}
+
+
+def write_checkpoint(checkpoint: dict, path: Path, links: Sequence[Path] = ()) -> None:
+    """Write a checkpoint that is complete or absent and never harms the previous one.
+
+    Args:
+        links: further names of the same file.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    with atomic_write(path, links, parents=False) as tmp_path:
+        try:
+            torch.save(checkpoint, tmp_path)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(one_line(error)) from error

@@ -1,0 +1,134 @@
+"""Files from the network: https and hf:// addresses, kept in torch's cache folder."""
+
+import hashlib
+import logging
+import re
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import urldefrag, urlparse
+
+import torch
+from tqdm import tqdm
+
+from util.io.errors import UserError, one_line
+from util.io.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # torch's custom: name-0a1b2c3d.pth
+CHUNK = 1 << 20  # bytes
+
+
+class HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to another https address only."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not newurl.startswith("https://"):
+            raise URLError(f"it leads on to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def fetch(source: str) -> str:
+    """Path of a local copy; a plain path comes back as it is.
+
+    A hash, or its beginning, may stand behind the address (https://host/file.pth#sha256=...,
+    hf://owner/repository/file.pth#sha256=...), or in the file's name as torch's own files have it;
+    it is compared then.
+
+    Raises:
+        UserError: the address is neither https nor hf, the file could not be had, or its hash is
+            another.
+    """
+    if "://" not in source:
+        return source
+    address, fragment = urldefrag(source)
+    name = Path(urlparse(address).path).name or "file"
+    wanted = fragment.removeprefix("sha256=") or hash_in(name)
+    if source.startswith("hf://"):
+        path = fetch_from_hub(address)
+        if wanted:
+            check_hash(address, file_hash(Path(path)), wanted)
+        return path
+    if not source.startswith("https://"):
+        raise UserError(
+            f"{source}: only https:// and hf:// addresses are read; download it yourself."
+        )
+    key = hashlib.sha256(address.encode()).hexdigest()[:12]  # names repeat, addresses do not
+    cached = Path(torch.hub.get_dir(), "checkpoints", f"{key}-{name}")
+    if not cached.exists():
+        download(address, cached, wanted)
+    elif wanted:
+        check_hash(address, file_hash(cached), wanted)
+    return str(cached)
+
+
+def hash_in(name: str) -> str:
+    """Beginning of the hash in a file's name, or ''; digits alone are a date or a size."""
+    found = HASH_IN_NAME.search(name)
+    return found[1] if found and not found[1].isdecimal() else ""
+
+
+def download(address: str, target: Path, wanted: str) -> None:
+    """Download with a progress bar; the file appears at `target` complete or not at all."""
+    logger.info("Downloading %s to %s", address, target)
+    opener = urllib.request.build_opener(HttpsOnly)
+    request = urllib.request.Request(address, headers={"User-Agent": "torch.hub"})
+    digest = hashlib.sha256()
+    with atomic_write(target) as tmp_path, open(tmp_path, "wb") as file:
+        for chunk in receive(opener, request, address):
+            file.write(chunk)
+            digest.update(chunk)
+        check_hash(address, digest.hexdigest(), wanted)
+
+
+def receive(opener, request, address: str) -> Iterator[bytes]:
+    """The answer's bytes, chunk by chunk.
+
+    Raises:
+        UserError: the connection failed or ended early.
+    """
+    try:
+        with opener.open(request, timeout=60) as answer:
+            size, got = int(answer.headers.get("Content-Length", 0)), 0
+            with tqdm(total=size or None, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+                while chunk := answer.read(CHUNK):
+                    yield chunk
+                    bar.update(len(chunk))
+                    got += len(chunk)
+        if size and got != size:
+            raise OSError(f"got {got:,} of {size:,} bytes")
+    except (OSError, HTTPException) as error:  # urllib's errors are OSErrors
+        raise UserError(
+            f"Could not download {address} ({error}); check the address and the network."
+        ) from error
+
+
+def check_hash(address: str, found: str, wanted: str) -> None:
+    """Raises UserError unless the hash begins with what is wanted."""
+    if not found.startswith(wanted.lower()):
+        raise UserError(
+            f"{address} has the SHA-256 {found}, not {wanted}; it is not the file that was meant."
+        )
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_from_hub(source: str) -> str:
+    """hf://owner/repository/path, through huggingface_hub and its cache (or HF_HUB_OFFLINE)."""
+    from huggingface_hub import hf_hub_download
+
+    owner, repository, *path = [*source.removeprefix("hf://").split("/"), "", ""]
+    if not any(path):
+        raise UserError(f"{source} names no file; write hf://owner/repository/path.")
+    try:
+        return hf_hub_download(f"{owner}/{repository}", "/".join(path).rstrip("/"))
+    except Exception as error:  # the hub's errors have no common ancestor
+        raise UserError(
+            f"Could not get {source} ({one_line(error)}); check name and network."
+        ) from error

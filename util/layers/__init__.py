@@ -1,0 +1,1 @@
+"""The parts models are made of; imported by models and by util/vis."""

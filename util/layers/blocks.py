@@ -1,0 +1,164 @@
+"""Transformer blocks of the encoder and of both decoders.
+
+Letters: B images, N query tokens, M key tokens, D width of the block, C width of the context,
+H heads, d = D / H head width. Parameter names are those of the published checkpoints.
+"""
+
+from functools import partial
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from util.io.errors import UserError
+from util.layers.attention import Attend
+from util.layers.patchify import take_patches
+from util.layers.recompute import linear_after
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # of every published model
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of patches, stored as the weights of a p x p convolution with stride p."""
+
+    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        if img_size[0] % patch_size or img_size[1] % patch_size:
+            raise UserError(
+                f"Input size {img_size[0]}x{img_size[1]} does not divide by patch size "
+                f"{patch_size}; choose a multiple of it for both sides."
+            )
+        self.img_size = tuple(img_size)
+        self.patch_size = patch_size
+        self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, imgs: Tensor, ids: Tensor | None = None) -> Tensor:
+        """imgs (B, C, H, W) -> (B, L, D), or only the patches ids (B, V) -> (B, V, D).
+
+        Raises:
+            UserError: the pictures are not of the size and channels the model was built for.
+        """
+        expected = (self.proj.in_channels, *self.img_size)
+        if imgs.shape[1:] != expected:
+            raise UserError(
+                f"The model was built for pictures of {expected} (channels, height, width), "
+                f"got {tuple(imgs.shape[1:])}; build it with this size or resize the pictures."
+            )
+        if ids is None:
+            return self.proj(imgs).flatten(2).transpose(1, 2)
+        patches = take_patches(imgs, ids, self.patch_size).flatten(2)
+        return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """mlp(norm(x)): (B, N, D) -> (B, N, D)."""
+        hidden = linear_after(norm, x, self.fc1)
+        return linear_after(nn.functional.gelu, hidden, self.fc2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for q, k and v."""
+
+    def __init__(self, dim: int, num_heads: int, attend: Attend):
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.attend = attend
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """attention(norm(x)): (B, N, D) -> (B, N, D)."""
+        qkv = linear_after(norm, x, self.qkv).unflatten(2, (3, self.num_heads, -1))
+        return self.proj(self.attend.self_attend(qkv).flatten(2))  # (B, N, H, d) -> (B, N, D)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of N queries on a context of M tokens."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int, attend: Attend):
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.attend = attend
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(context_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, norm: nn.Module, context: Tensor, context_norm=None) -> Tensor:
+        """Queries norm(x) (B, N, D) read context_norm(context) (B, M, C) -> (B, N, D)."""
+        q = linear_after(norm, x, self.q).unflatten(2, (self.num_heads, -1))
+        kv = linear_after(context_norm, context, self.kv) if context_norm else self.kv(context)
+        kv = kv.unflatten(2, (2, self.num_heads, -1))  # (B, M, 2, H, d)
+        return self.proj(self.attend.cross_attend(q, kv).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attend: Attend,
+        norm_layer=LayerNorm,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, attend)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        x = x + self.drop_path(self.attn(x, self.norm1))
+        return x + self.drop_path(self.mlp(x, self.norm2))
+
+
+class CrossAttentionBlock(nn.Module):
+    """CrossMAE decoder block: (self-attention if asked for,) cross-attention to a context, MLP."""
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attend: Attend,
+        norm_layer=LayerNorm,
+        self_attn: bool = False,
+    ):
+        super().__init__()
+        if self_attn:
+            self.norm0 = norm_layer(dim)
+            self.self_attn = Attention(dim, num_heads, attend)
+        self.has_self_attn = self_attn
+        self.norm1 = norm_layer(dim)
+        self.cross_attn = CrossAttention(dim, context_dim, num_heads, attend)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, context: Tensor, context_norm: nn.Module | None = None) -> Tensor:
+        """Queries x (B, N, D), context (B, M, C), which context_norm normalises -> (B, N, D)."""
+        if self.has_self_attn:
+            x = x + self.self_attn(x, self.norm0)
+        x = x + self.cross_attn(x, self.norm1, context, context_norm)
+        return x + self.mlp(x, self.norm2)
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raises UserError when dim does not divide by num_heads."""
+    if dim % num_heads:
+        raise UserError(f"Width {dim} does not divide by {num_heads} heads; change one of them.")
