@@ -20,11 +20,11 @@ from util.data.loaders import build_eval_loader, build_train_loader
 from util.data.transforms import build_transform
 from util.datasets import build_dataset, check_same_classes
 from util.distributed import broadcast_buffers, wrap_ddp
-from util.eval.inference import list_files
+from util.eval.inference import list_images
 from util.eval.report import count_confusion, name_classes, predict_files, write_report
 from util.io.checkpoint_file import read_checkpoint, weights_of
 from util.io.errors import UserError
-from util.layers.attention import get_attend
+from util.layers.attention import get_attention_backend
 from util.layers.compile import compile_blocks
 from util.lr_decay import param_groups_lrd
 from util.optim import (
@@ -35,8 +35,8 @@ from util.optim import (
 )
 from util.run import launch as run
 from util.run.flags import check_shared, make_writable, prepare_output, shared_parser
-from util.run.startup import report_start
-from util.run.state import RunState, settle_resume
+from util.run.startup import log_startup_summary
+from util.run.state import RunState, resolve_resume
 
 logger = logging.getLogger(__name__)
 
@@ -329,14 +329,14 @@ def main(args) -> None:
         return
     check_classes(args)
     amp_dtype = choose_amp_dtype(args.amp, args.device)
-    attend = get_attend(args.enable_flash_attention2, args.device, amp_dtype)
-    model = build_classifier(args, attend)
+    attention_backend = get_attention_backend(args.enable_flash_attention2, args.device, amp_dtype)
+    model = build_classifier(args, attention_backend)
     if args.linear_probe:
         model.freeze_for_probe()
     if args.eval:
         evaluate_checkpoint(args, model)
         return
-    newest = settle_resume(args)
+    newest = resolve_resume(args)
     if args.finetune and not args.resume:
         start_from_pretrained(model, args.finetune)
     prepare_output(args)
@@ -351,12 +351,12 @@ def main(args) -> None:
     train_set, val_set = build_dataset(True, args), build_dataset(False, args)
     train_loader = build_train_loader(train_set, args)
     val_loader = build_eval_loader(val_set, args, args.dist_eval)
-    state.take_data(train_set)
+    state.register_dataset(train_set)
     data_text = (
         f"{len(train_set)} training and {len(val_set)} validation images of {args.nb_classes} "
         f"classes in {args.data_path}, {len(train_loader)} batches per epoch"
     )
-    report_start(args, model, lr_text, attend.name, data_text)
+    log_startup_summary(args, model, lr_text, attention_backend.name, data_text)
     train(args, state, train_loader, val_loader)
 
 
@@ -447,7 +447,7 @@ def predict(args) -> None:
     out = Path(args.output_dir or ".", "predictions.csv")
     if args.rank == 0:
         classes = name_classes(trained, trained.nb_classes)
-        predict_files(model.to(args.device), list_files([args.predict]), classes, trained, out)
+        predict_files(model.to(args.device), list_images([args.predict]), classes, trained, out)
         logger.info("Predictions in %s", out)
 
 
@@ -466,7 +466,7 @@ def start_from_pretrained(model, source: str) -> None:
         logger.info("Removing key %s from pretrained checkpoint", name)
         del weights[name]
     load_encoder(model, weights, grid)
-    model.start_head()
+    model.init_head()
 
 
 def report_accuracy(num_images: int, stats: dict[str, float]) -> None:

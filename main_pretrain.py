@@ -13,15 +13,15 @@ from util.data.loaders import build_train_loader
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.io.errors import UserError
-from util.layers.attention import get_attend
+from util.layers.attention import get_attention_backend
 from util.layers.compile import compile_blocks
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
 from util.run import launch as run
 from util.run.flags import check_shared, prepare_output, shared_parser
-from util.run.startup import report_start
-from util.run.state import RunState, settle_resume
-from util.vis.image_log import PictureBoard
+from util.run.startup import log_startup_summary
+from util.run.state import RunState, resolve_resume
+from util.vis.image_log import ImageLog
 
 logger = logging.getLogger(__name__)
 
@@ -196,9 +196,9 @@ def main(args) -> None:
     dataset = build_pretrain_dataset(args)  # before the model: mistakes show at once
     loader = build_train_loader(dataset, args)
     amp_dtype = choose_amp_dtype(args.amp, args.device)
-    attend = get_attend(args.enable_flash_attention2, args.device, amp_dtype)
-    model = build_pretrain_model(args, attend)
-    newest = settle_resume(args)
+    attention_backend = get_attention_backend(args.enable_flash_attention2, args.device, amp_dtype)
+    model = build_pretrain_model(args, attention_backend)
+    newest = resolve_resume(args)
     if args.init_from and not args.resume:
         load_matching(model, args.init_from)
     prepare_output(args)
@@ -211,16 +211,16 @@ def main(args) -> None:
     state.resume(newest)
     del newest  # as large as the model and its optimizer
 
-    state.take_data(dataset)
+    state.register_dataset(dataset)
     data_text = f"{len(dataset)} images {dataset.origin}, {len(loader)} batches per epoch"
-    report_start(args, model, lr_text, attend.name, data_text)
+    log_startup_summary(args, model, lr_text, attention_backend.name, data_text)
     if args.compile:
         compile_blocks(model)
     unused = args.find_unused_parameters or getattr(model, "has_unused_blocks", False)
     ddp_model = wrap_ddp(model, args.device, unused)
 
     with run.recording(args, state, len(loader)) as writer:
-        board = PictureBoard(args, writer, loader)
+        board = ImageLog(args, writer, loader)
         for epoch in range(state.epoch, args.epochs):
             loader.set_epoch(epoch, state.iteration)
             stats = train_one_epoch(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.io.errors import UserError
-from util.layers.attention import Attend
+from util.layers.attention import AttentionBackend
 from util.layers.blocks import CrossAttentionBlock
 from util.layers.masking import Masking
 from util.layers.recompute import mix
@@ -33,8 +33,10 @@ class WeightedFeatureMaps(nn.Module):
         return mix(self.linear.weight, list(maps))
 
 
-class MaskedAutoencoderViT(MaskedAutoencoder):
+class CrossMAE(MaskedAutoencoder):
     """Pre-training model; `forward` returns the loss."""
+
+    kind = "crossmae"
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         use_fm: Sequence[int] = (-1,),
         use_input: bool = False,
         self_attn: bool = False,
-        attend: Attend | None = None,
+        attention_backend: AttentionBackend | None = None,
     ):
         """
         Args:
@@ -76,7 +78,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             mlp_ratio=mlp_ratio,
             norm_layer=norm_layer,
             norm_pix_loss=norm_pix_loss,
-            attend=attend,
+            attention_backend=attention_backend,
         )
         for name in ("pos_embed", "decoder_pos_embed"):  # published order: both tokens come first
             setattr(self, name, self._parameters.pop(name))
@@ -94,7 +96,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
                 embed_dim,
                 decoder_num_heads,
                 mlp_ratio,
-                self.attend,
+                self.attention_backend,
                 norm_layer,
                 self_attn,
             )
@@ -186,11 +188,13 @@ def resolve_feature_maps(use_fm: Sequence[int], depth: int) -> list[int]:
     return blocks
 
 
-mae_vit_mini_patch4 = partial(MaskedAutoencoderViT, **MAE_MINI)
-mae_vit_small_patch16 = partial(MaskedAutoencoderViT, **MAE_SMALL)
-mae_vit_base_patch16 = partial(MaskedAutoencoderViT, **MAE_BASE)
-mae_vit_large_patch16 = partial(MaskedAutoencoderViT, **MAE_LARGE)
-mae_vit_huge_patch14 = partial(MaskedAutoencoderViT, **MAE_HUGE)
+MaskedAutoencoderViT = CrossMAE  # the name that MAE-style scripts import
+
+mae_vit_mini_patch4 = partial(CrossMAE, **MAE_MINI)
+mae_vit_small_patch16 = partial(CrossMAE, **MAE_SMALL)
+mae_vit_base_patch16 = partial(CrossMAE, **MAE_BASE)
+mae_vit_large_patch16 = partial(CrossMAE, **MAE_LARGE)
+mae_vit_huge_patch14 = partial(CrossMAE, **MAE_HUGE)
 # the longer names that MAE-style scripts use for the same models
 mae_vit_small_patch16_dec512d8b = mae_vit_small_patch16
 mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16

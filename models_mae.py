@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.layers.attention import Attend
+from util.layers.attention import AttentionBackend
 from util.layers.blocks import Block
-from util.layers.masking import Masking, take_tokens
+from util.layers.masking import Masking, gather_tokens
 from util.layers.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
 
 
-class MaskedAutoencoderViT(MaskedAutoencoder):
+class MAE(MaskedAutoencoder):
     """Pre-training model; `forward` returns the loss."""
+
+    kind = "mae"
 
     def __init__(
         self,
@@ -33,7 +35,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         mlp_ratio: float = 4.0,
         norm_layer=nn.LayerNorm,
         norm_pix_loss: bool = False,
-        attend: Attend | None = None,
+        attention_backend: AttentionBackend | None = None,
     ):
         super().__init__(
             img_size=img_size,
@@ -46,12 +48,14 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
             mlp_ratio=mlp_ratio,
             norm_layer=norm_layer,
             norm_pix_loss=norm_pix_loss,
-            attend=attend,
+            attention_backend=attention_backend,
         )
         self.norm = norm_layer(embed_dim)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, self.attend, norm_layer)
+            Block(
+                decoder_embed_dim, decoder_num_heads, mlp_ratio, self.attention_backend, norm_layer
+            )
             for _ in range(decoder_depth)
         )
         self.add_prediction_head(decoder_embed_dim, norm_layer)
@@ -67,7 +71,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         cls_token, visible = x[:, :1], x[:, 1:]
         num_masked = masking.order.shape[1] - visible.shape[1]
         masked = self.mask_token.to(x.dtype).expand(len(x), num_masked, -1)
-        patches = take_tokens(torch.cat([visible, masked], dim=1), masking.ids_restore)
+        patches = gather_tokens(torch.cat([visible, masked], dim=1), masking.ids_restore)
         x = torch.cat([cls_token, patches], dim=1) + self.decoder_pos_embed  # (B, 1 + L, E)
         for block in self.decoder_blocks:
             x = self.run(block, x)
@@ -77,7 +81,7 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         """Mean squared error over the masked patches: pred (B, L, p*p*C) -> scalar."""
         ids_pred = masking.ids_pred
         target = self.pixel_target(imgs, ids_pred)
-        return F.mse_loss(take_tokens(pred, ids_pred).float(), target)
+        return F.mse_loss(gather_tokens(pred, ids_pred).float(), target)
 
     def forward(
         self,
@@ -104,11 +108,13 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         return loss, pred, self.pixel_target(imgs, all_patches), masking.mask
 
 
-mae_vit_mini_patch4 = partial(MaskedAutoencoderViT, **MAE_MINI)
-mae_vit_small_patch16 = partial(MaskedAutoencoderViT, **MAE_SMALL)
-mae_vit_base_patch16 = partial(MaskedAutoencoderViT, **MAE_BASE)
-mae_vit_large_patch16 = partial(MaskedAutoencoderViT, **MAE_LARGE)
-mae_vit_huge_patch14 = partial(MaskedAutoencoderViT, **MAE_HUGE)
+MaskedAutoencoderViT = MAE  # the name that MAE-style scripts import
+
+mae_vit_mini_patch4 = partial(MAE, **MAE_MINI)
+mae_vit_small_patch16 = partial(MAE, **MAE_SMALL)
+mae_vit_base_patch16 = partial(MAE, **MAE_BASE)
+mae_vit_large_patch16 = partial(MAE, **MAE_LARGE)
+mae_vit_huge_patch14 = partial(MAE, **MAE_HUGE)
 # the longer names that MAE-style scripts use for the same models
 mae_vit_small_patch16_dec512d8b = mae_vit_small_patch16
 mae_vit_base_patch16_dec512d8b = mae_vit_base_patch16

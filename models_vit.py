@@ -9,13 +9,15 @@ from functools import partial
 from torch import Tensor, nn
 
 from util.io.errors import UserError
-from util.layers.attention import Attend
+from util.layers.attention import AttentionBackend
 from util.layers.blocks import LayerNorm
 from util.layers.vit import BASE, HUGE, LARGE, MINI, SMALL, ViTBackbone
 
 
 class VisionTransformer(ViTBackbone):
     """Classifier; `forward` returns logits."""
+
+    kind = "classifier"
 
     def __init__(
         self,
@@ -31,7 +33,7 @@ class VisionTransformer(ViTBackbone):
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
         norm_layer=LayerNorm,
-        attend: Attend | None = None,
+        attention_backend: AttentionBackend | None = None,
     ):
         """
         Args:
@@ -51,7 +53,7 @@ class VisionTransformer(ViTBackbone):
             num_heads,
             mlp_ratio,
             norm_layer,
-            attend,
+            attention_backend,
             drop_path_rate,
         )
         self.global_pool = global_pool
@@ -64,7 +66,7 @@ class VisionTransformer(ViTBackbone):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
 
-    def start_head(self) -> None:
+    def init_head(self) -> None:
         """Start values of the head for a pre-trained encoder, as in the public recipes."""
         if isinstance(self.head, nn.Sequential):  # of a linear probe
             nn.init.trunc_normal_(self.head[1].weight, std=0.01)

@@ -1,4 +1,4 @@
-"""`attend` against the written-out softmax, and the choice of kernel with its reason."""
+"""AttentionBackend against the written-out softmax, and the choice of kernel with its reason."""
 
 import sys
 import types
@@ -7,7 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from util.layers.attention import Attend, AttendFlashKernel, AttendFlashPackage, get_attend
+from util.layers.attention import (
+    AttentionBackend,
+    FlashKernelBackend,
+    FlashPackageBackend,
+    get_attention_backend,
+)
 
 CPU = torch.device("cpu")
 
@@ -18,13 +23,15 @@ def written_out(q, k, v):
     return torch.einsum("bhnm,bmhd->bnhd", weights.softmax(dim=-1), v)
 
 
-@pytest.mark.parametrize("attend", [Attend(), AttendFlashKernel("a test")], ids=["sdpa", "flash"])
+@pytest.mark.parametrize(
+    "attention_backend", [AttentionBackend(), FlashKernelBackend("a test")], ids=["sdpa", "flash"]
+)
 @pytest.mark.parametrize("width", [32, 64, 80])
-def test_equals_the_formula(attend, width):
+def test_equals_the_formula(attention_backend, width):
     qkv = torch.randn(2, 7, 3, 4, width, requires_grad=True)
     q, kv = torch.randn(2, 5, 4, width), torch.randn(2, 9, 2, 4, width)
     expected = written_out(*qkv.unbind(2))
-    out = attend.self_attend(qkv)
+    out = attention_backend.self_attention(qkv)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     weight = torch.randn_like(out)
     torch.testing.assert_close(
@@ -33,14 +40,17 @@ def test_equals_the_formula(attend, width):
         rtol=1e-4,
     )
     torch.testing.assert_close(
-        attend.cross_attend(q, kv), written_out(q, *kv.unbind(2)), atol=1e-5, rtol=1e-5
+        attention_backend.cross_attention(q, kv),
+        written_out(q, *kv.unbind(2)),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
 def test_the_flag_says_why_the_package_is_not_used():
-    assert get_attend(False, CPU, None).name == "torch scaled_dot_product_attention"
-    attend = get_attend(True, CPU, None)
-    assert "FlashAttention-2" in attend.name and "on the CPU" in attend.name
+    assert get_attention_backend(False, CPU, None).name == "torch scaled_dot_product_attention"
+    attention_backend = get_attention_backend(True, CPU, None)
+    assert "FlashAttention-2" in attention_backend.name and "on the CPU" in attention_backend.name
 
 
 def gpu(monkeypatch, capability):
@@ -50,12 +60,12 @@ def gpu(monkeypatch, capability):
 
 def test_reasons_on_a_gpu(monkeypatch):
     device = gpu(monkeypatch, (7, 5))
-    assert "has 7.5" in get_attend(True, device, torch.float16).name
+    assert "has 7.5" in get_attention_backend(True, device, torch.float16).name
     device = gpu(monkeypatch, (8, 9))
-    assert "--amp off" in get_attend(True, device, None).name
+    assert "--amp off" in get_attention_backend(True, device, None).name
     # another package of that name is installed, without the function
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
-    name = get_attend(True, device, torch.bfloat16).name
+    name = get_attention_backend(True, device, torch.bfloat16).name
     assert "pip install flash-attn --no-build-isolation" in name
 
 
@@ -66,13 +76,16 @@ def test_the_package_is_used_in_half_precision_only(monkeypatch):
     package.flash_attn_qkvpacked_func = lambda qkv: written_out(*qkv.unbind(2)) + 1
     package.flash_attn_kvpacked_func = lambda q, kv: written_out(q, *kv.unbind(2)) + 1
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    attend = get_attend(True, gpu(monkeypatch, (9, 0)), torch.bfloat16)
-    assert isinstance(attend, AttendFlashPackage) and attend.name == "flash-attn 2.0"
+    attention_backend = get_attention_backend(True, gpu(monkeypatch, (9, 0)), torch.bfloat16)
+    assert (
+        isinstance(attention_backend, FlashPackageBackend)
+        and attention_backend.name == "flash-attn 2.0"
+    )
     qkv = torch.randn(1, 3, 3, 2, 8)
-    plain = Attend()
-    assert torch.equal(attend.self_attend(qkv), plain.self_attend(qkv))
+    plain = AttentionBackend()
+    assert torch.equal(attention_backend.self_attention(qkv), plain.self_attention(qkv))
     half = qkv.bfloat16()
-    difference = attend.self_attend(half).float() - plain.self_attend(half).float()
+    difference = attention_backend.self_attention(half).float() - plain.self_attention(half).float()
     assert ((difference - 1).abs() < 0.05).all()
 
 
@@ -84,5 +97,5 @@ def test_nothing_global_is_changed():
         torch.backends.cuda.mem_efficient_sdp_enabled(),
     )
     was = flags()
-    get_attend(True, CPU, None).self_attend(torch.randn(1, 2, 3, 1, 8))
+    get_attention_backend(True, CPU, None).self_attention(torch.randn(1, 2, 3, 1, 8))
     assert F.scaled_dot_product_attention is before and flags() == was == (True, True, True)

@@ -24,7 +24,7 @@ from processes import ROOT
 from util.checkpoint import load_encoder, load_matching, load_strict
 from util.io import download
 from util.io.checkpoint_file import (
-    kind_of,
+    checkpoint_type,
     read_checkpoint,
     strip_prefixes,
     weights_of,
@@ -237,7 +237,9 @@ def files(tmp_path, tiny_cross, tiny_mae, tiny_vit):
 
 
 def test_kinds(files):
-    found = {name: kind_of(weights_of(read_checkpoint(path))) for name, path in files.items()}
+    found = {
+        name: checkpoint_type(weights_of(read_checkpoint(path))) for name, path in files.items()
+    }
     assert found["cross"] == found["mae"] == "pre-training"
     assert found["vit"] == "fine-tuned"
 

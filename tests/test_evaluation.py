@@ -34,12 +34,12 @@ def prepared(path, mean=ARGS["mean"], std=ARGS["std"]) -> torch.Tensor:
 
 def test_files_are_listed_in_order(image_folder, tmp_path):
     val = image_folder / "val"
-    files = evaluation.list_files([val, str(val / "b" / "3.png")])
+    files = evaluation.list_images([val, str(val / "b" / "3.png")])
     assert files == [str(p) for p in sorted(val.glob("*/*"))] + [str(val / "b" / "3.png")]
     with pytest.raises(UserError, match="no picture in .*name another"):
-        evaluation.list_files([tmp_path])
+        evaluation.list_images([tmp_path])
     with pytest.raises(UserError, match="no file or folder .*nowhere"):
-        evaluation.list_files([tmp_path / "nowhere"])
+        evaluation.list_images([tmp_path / "nowhere"])
 
 
 @pytest.mark.parametrize("flag", ["batch_size", "num_workers"])
@@ -66,7 +66,7 @@ def test_features_are_those_of_timm(image_folder, tiny_vit, which):
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5
     ).eval()
     timm_model.load_state_dict(model.state_dict())
-    files = evaluation.list_files([image_folder / "val"])
+    files = evaluation.list_images([image_folder / "val"])
     loader = evaluation.build_files_loader(
         [(file, i) for i, file in enumerate(files)], [], make_args()
     )

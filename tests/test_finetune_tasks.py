@@ -8,7 +8,7 @@ import torch
 import main_finetune
 import main_pretrain
 from util.io.checkpoint_file import read_checkpoint
-from util.layers.attention import Attend
+from util.layers.attention import AttentionBackend
 from util.run.launch import start_logging
 
 SMALL = "--input_size 16 --batch_size 4 --num_workers 0 --device cpu".split()
@@ -34,7 +34,7 @@ def test_a_fine_tuned_file_gives_its_encoder_and_not_its_head(runs, image_folder
     args = main_finetune.parse_args([*flags, "--epochs", "1", "--output_dir", ""])
     args.nb_classes = 2
     caplog.set_level("INFO")
-    model = main_finetune.build_classifier(args, Attend())
+    model = main_finetune.build_classifier(args, AttentionBackend())
     main_finetune.start_from_pretrained(model, args.finetune)
     trained = read_checkpoint(runs / "fine/checkpoint.pth")["model"]
     assert "Removing key head.weight" in caplog.text

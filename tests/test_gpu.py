@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.reference import textbook_loss
-from util.layers.attention import AttendFlashPackage, get_attend
+from tools.reference import reference_loss
+from util.layers.attention import FlashPackageBackend, get_attention_backend
 from util.layers.compile import compile_blocks
 from util.optim import NativeScalerWithGradNormCount, build_adamw
 
@@ -49,13 +49,13 @@ def test_loss_and_gradients_equal_the_cpu_in_float32(which, request):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("flash", [False, True])
 def test_half_precision_is_as_close_as_the_textbook(tiny_cross, dtype, flash):
-    model = tiny_cross(attend=get_attend(flash, GPU, dtype)).to(GPU)
+    model = tiny_cross(attention_backend=get_attention_backend(flash, GPU, dtype)).to(GPU)
     imgs = torch.randn(8, 3, 32, 32, device=GPU)
     noise = torch.rand(8, 16, device=GPU)
-    exact = textbook_loss(model, imgs, 0.75, 0.75, noise).item()
+    exact = reference_loss(model, imgs, 0.75, 0.75, noise).item()
     with torch.autocast("cuda", dtype):
         ours = model(imgs, noise=noise)
-        book = textbook_loss(model, imgs, 0.75, 0.75, noise)
+        book = reference_loss(model, imgs, 0.75, 0.75, noise)
     assert abs(ours.item() - exact) <= 2 * abs(book.item() - exact) + 1e-3
     ours.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -64,7 +64,7 @@ def test_half_precision_is_as_close_as_the_textbook(tiny_cross, dtype, flash):
 def test_the_flash_package_is_found_if_installed():
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     if torch.cuda.get_device_capability(GPU) >= (8, 0):
-        assert isinstance(get_attend(True, GPU, torch.bfloat16), AttendFlashPackage)
+        assert isinstance(get_attention_backend(True, GPU, torch.bfloat16), FlashPackageBackend)
 
 
 def test_a_step_does_not_wait_for_the_device(tiny_cross):

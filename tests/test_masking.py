@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from util.layers.masking import count_patches, random_masking, take_tokens
+from util.layers.masking import gather_tokens, num_visible_and_predicted, random_masking
 
 
 @pytest.mark.parametrize(
@@ -11,13 +11,13 @@ from util.layers.masking import count_patches, random_masking, take_tokens
     [(196, 0.75, 0.25, (49, 49)), (400, 0.9, 0.8, (39, 322)), (196, 0.9, 0.3, (19, 60))],
 )
 def test_rounding_is_the_published_one(num_patches, mask_ratio, kept, expected):
-    assert count_patches(num_patches, mask_ratio, kept) == expected
+    assert num_visible_and_predicted(num_patches, mask_ratio, kept) == expected
 
 
 @pytest.mark.parametrize("ratios", [(0, 0.5), (1, 0.5), (0.75, 0), (0.5, 0.6), (0.99, 0.5)])
 def test_impossible_ratios_are_refused(ratios):
     with pytest.raises(ValueError, match=r"ratio"):
-        count_patches(16, *ratios)
+        num_visible_and_predicted(16, *ratios)
 
 
 def test_the_sets_are_disjoint_and_complete():
@@ -32,8 +32,8 @@ def test_the_sets_are_disjoint_and_complete():
         assert set(predicted) == set(smallest[12:])
         assert masking.mask[b].nonzero().flatten().tolist() == predicted
     x = torch.randn(4, 20, 3)
-    shuffled = take_tokens(x, masking.order)
-    assert torch.equal(take_tokens(shuffled, masking.ids_restore), x)
+    shuffled = gather_tokens(x, masking.order)
+    assert torch.equal(gather_tokens(shuffled, masking.ids_restore), x)
 
 
 def test_every_patch_is_as_likely_as_any_other():

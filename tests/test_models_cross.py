@@ -14,7 +14,7 @@ from parity_data import (
     tensors_of,
 )
 
-from util.layers.masking import count_patches, random_masking
+from util.layers.masking import num_visible_and_predicted, random_masking
 
 CASES = [c for c in parity_cases("forward", "forward") if c.values[0]["module"] == "models_cross"]
 
@@ -41,7 +41,7 @@ def test_forward_and_gradients(case):
 def test_masking(case):
     """Sizes, which patches, and the inverse permutation for the stored noise."""
     tensors = tensors_of(case)
-    sizes = count_patches(case["num_patches"], **case["call"])
+    sizes = num_visible_and_predicted(case["num_patches"], **case["call"])
     assert sizes == (case["num_visible"], case["num_predicted"])
     masking = random_masking(tensors["noise"], *sizes)
     assert masking.ids_keep.equal(tensors["noise"].argsort(dim=1)[:, : sizes[0]])

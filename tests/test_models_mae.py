@@ -13,7 +13,7 @@ from parity_data import (
     tensors_of,
 )
 
-from util.layers.masking import count_patches, random_masking
+from util.layers.masking import num_visible_and_predicted, random_masking
 from util.layers.patchify import normalize_patches, patchify
 
 CASES = [c for c in parity_cases("forward", "forward") if c.values[0]["module"] == "models_mae"]
@@ -35,7 +35,7 @@ def test_masking(case):
     """Sizes, which patches, and the inverse permutation for the stored noise."""
     tensors = tensors_of(case)
     ratio = case["call"]["mask_ratio"]
-    sizes = count_patches(case["num_patches"], ratio, ratio)
+    sizes = num_visible_and_predicted(case["num_patches"], ratio, ratio)
     assert sizes == (case["num_visible"], case["num_predicted"])
     masking = random_masking(tensors["noise"], *sizes)
     assert masking.ids_keep.equal(tensors["noise"].argsort(dim=1)[:, : sizes[0]])

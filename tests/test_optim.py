@@ -10,7 +10,7 @@ from util.optim import (
     build_adamw,
     build_lars,
     choose_amp_dtype,
-    poison,
+    propagate_nonfinite,
 )
 
 
@@ -66,7 +66,7 @@ def test_a_step_that_is_not_finite_changes_nothing(value, fused):
 
 def test_poison_leaves_a_finite_loss_alone():
     x = torch.tensor(3.0, requires_grad=True)
-    loss = poison(x * 2)
+    loss = propagate_nonfinite(x * 2)
     assert loss == 6 and torch.autograd.grad(loss, x)[0] == 2
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from util.layers.patchify import normalize_patches, patchify, take_patches, unpatchify
+from util.layers.patchify import gather_patches, normalize_patches, patchify, unpatchify
 
 
 def test_patchify_pixel_by_pixel():
@@ -21,7 +21,7 @@ def test_patchify_pixel_by_pixel():
 def test_take_patches_cuts_what_patchify_cuts():
     imgs = torch.randn(3, 2, 8, 12)
     ids = torch.tensor([[5, 0], [1, 1], [3, 4]])
-    taken = take_patches(imgs, ids, 4).permute(0, 1, 3, 4, 2).flatten(2)
+    taken = gather_patches(imgs, ids, 4).permute(0, 1, 3, 4, 2).flatten(2)
     for b in range(3):
         assert torch.equal(taken[b], patchify(imgs, 4)[b, ids[b]])
 

@@ -10,7 +10,7 @@ from processes import OFTEN, STEPS, read_steps, undisturbed, wait_until
 from util.io.checkpoint_file import read_checkpoint
 from util.optim import NativeScalerWithGradNormCount
 from util.run import signals
-from util.run.state import RunState, get_random_state, remove_old, tidy_output
+from util.run.state import RunState, clean_output_dir, get_random_state, remove_old
 
 CASES = {  # script, processes, loader processes of the run that is killed
     "pretrain": ("main_pretrain", 1, 0),
@@ -128,8 +128,10 @@ def test_a_position_in_other_data_means_nothing(tiny_cross, caplog):
         state = RunState(args, tiny_cross(), None, None)
         position = dict(iteration=3, meters={"loss": [1.0, 3]}, best=None, num_images=8)
         layout = dict(batch_size=2, accum_iter=1, seed=0, world_size=1)
-        state.take_position(position | layout | {"random": [get_random_state(torch.device("cpu"))]})
-        state.take_data(Pictures(range(num_images)))
+        state.restore_position(
+            position | layout | {"random": [get_random_state(torch.device("cpu"))]}
+        )
+        state.register_dataset(Pictures(range(num_images)))
         assert (state.iteration, bool(state.meters)) == (iteration, iteration > 0)
     assert (
         "The data set has 9 images and had 8: epoch 2, which was begun, starts over" in caplog.text
@@ -149,7 +151,7 @@ def test_the_log_of_another_run_is_laid_aside(tmp_path, caplog):
     (used / "checkpoint.pth").touch()
     (used / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
     args = Namespace(output_dir=str(used), resume=str(tmp_path / "other/checkpoint.pth"))
-    tidy_output(args, first_epoch=1)
+    clean_output_dir(args, first_epoch=1)
     (aside,) = used.glob("log-until-*.txt")
     assert aside.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
     assert not (used / "log.txt").exists()
@@ -171,7 +173,7 @@ def test_a_stop_at_the_end_of_an_epoch_saves_it(tiny_cross, tmp_path, monkeypatc
     model = tiny_cross()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = RunState(args, model, optimizer, NativeScalerWithGradNormCount())
-    monkeypatch.setattr(signals, "is_stop_asked", lambda: True)
+    monkeypatch.setattr(signals, "stop_requested", lambda: True)
     with pytest.raises(signals.Interrupted):
         state.end_epoch()
     assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 3

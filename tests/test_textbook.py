@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tools.reference import textbook_loss
+from tools.reference import reference_loss
 from util.layers.compile import compile_blocks
 
 VARIANTS = [
@@ -38,7 +38,9 @@ def assert_equal_to_textbook(model, ratios, size=(32, 32), channels=3):
     imgs = torch.randn(3, channels, *size, generator=torch.Generator().manual_seed(2))
     noise = torch.rand(3, model.patch_embed.num_patches, generator=torch.Generator().manual_seed(3))
     ours, our_grads = loss_and_gradients(model, lambda: model(imgs, *ratios, noise=noise))
-    book, book_grads = loss_and_gradients(model, lambda: textbook_loss(model, imgs, *ratios, noise))
+    book, book_grads = loss_and_gradients(
+        model, lambda: reference_loss(model, imgs, *ratios, noise)
+    )
     assert abs(ours - book) <= 1e-6
     for name, grad in our_grads.items():
         assert (grad - book_grads[name]).abs().max() <= 1e-6, name
@@ -96,13 +98,13 @@ def test_under_bf16_autocast(which, request):
         return run
 
     exact, exact_grads = loss_and_gradients(
-        model, lambda: textbook_loss(model, imgs, 0.75, 0.75, noise)
+        model, lambda: reference_loss(model, imgs, 0.75, 0.75, noise)
     )
     ours, our_grads = loss_and_gradients(
         model, under_autocast(lambda: model(imgs, 0.75, 0.75, noise=noise))
     )
     book, book_grads = loss_and_gradients(
-        model, under_autocast(lambda: textbook_loss(model, imgs, 0.75, 0.75, noise))
+        model, under_autocast(lambda: reference_loss(model, imgs, 0.75, 0.75, noise))
     )
 
     def distance(grads):

@@ -32,7 +32,7 @@ import models_cross
 import models_mae
 import models_vit
 from tools.measure import Clock, compare, count_flops, matmul_rate, peak_memory
-from tools.reference import textbook_loss
+from tools.reference import reference_loss
 from util.build import find_factory
 from util.data.image_io import find_images, normalize, open_image, read_image
 from util.data.transforms import FastPretrainTransform, build_pretrain_transform
@@ -40,9 +40,9 @@ from util.datasets import seeded
 from util.distributed import choose_device
 from util.io.checkpoint_file import write_checkpoint
 from util.io.errors import UserError
-from util.layers.attention import get_attend
+from util.layers.attention import get_attention_backend
 from util.layers.compile import compile_blocks
-from util.layers.masking import count_patches
+from util.layers.masking import num_visible_and_predicted
 from util.lr_decay import param_groups_weight_decay
 from util.optim import (
     NativeScalerWithGradNormCount,
@@ -108,7 +108,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_model(args, attend) -> nn.Module:
+def build_model(args, attention_backend) -> nn.Module:
     """The pre-training model that is measured."""
     module = models_mae if args.mae else models_cross
     options = {} if args.mae else dict(weight_fm=True, use_input=True)
@@ -116,7 +116,7 @@ def build_model(args, attend) -> nn.Module:
         img_size=args.input_size,
         decoder_depth=args.decoder_depth,
         norm_pix_loss=True,
-        attend=attend,
+        attention_backend=attention_backend,
         **options,
     )
 
@@ -124,7 +124,9 @@ def build_model(args, attend) -> nn.Module:
 def measure_step(args, device: torch.device, clock: Clock) -> dict:
     """Pre-training step on random pictures."""
     amp_dtype = choose_amp_dtype(args.amp, device)
-    model = build_model(args, get_attend(args.enable_flash_attention2, device, amp_dtype))
+    model = build_model(
+        args, get_attention_backend(args.enable_flash_attention2, device, amp_dtype)
+    )
     model.to(device).train()
     model.grad_checkpointing = args.grad_checkpointing
     compiled_in = compile_blocks_of(model, args, device)
@@ -132,7 +134,7 @@ def measure_step(args, device: torch.device, clock: Clock) -> dict:
     imgs = torch.randn(args.batch_size, 3, size, size, device=device)
     noise = torch.rand(args.batch_size, model.patch_embed.num_patches, device=device)
     ratios = args.mask_ratio, args.kept_mask_ratio
-    count_patches(noise.shape[1], *ratios)
+    num_visible_and_predicted(noise.shape[1], *ratios)
 
     def our_loss() -> Tensor:
         with autocast(device, amp_dtype):
@@ -140,7 +142,7 @@ def measure_step(args, device: torch.device, clock: Clock) -> dict:
 
     def textbook() -> Tensor:
         with autocast(device, amp_dtype):
-            return textbook_loss(model, imgs, *ratios, noise)
+            return reference_loss(model, imgs, *ratios, noise)
 
     groups = param_groups_weight_decay(model, 0.05)
     our_adamw = build_adamw([dict(g) for g in groups], 1e-9, (0.9, 0.95))
@@ -259,9 +261,9 @@ def measure_eval(args, device: torch.device, clock: Clock) -> dict:
     """Classifier forward against timm's, on the same weights."""
     name = args.model.removeprefix("mae_")
     amp_dtype = choose_amp_dtype(args.amp, device)
-    attend = get_attend(args.enable_flash_attention2, device, amp_dtype)
+    attention_backend = get_attention_backend(args.enable_flash_attention2, device, amp_dtype)
     ours = find_factory(models_vit, "vit_", name)(
-        img_size=args.input_size, global_pool=True, attend=attend
+        img_size=args.input_size, global_pool=True, attention_backend=attention_backend
     )
     stock = timm.models.VisionTransformer(
         img_size=args.input_size,

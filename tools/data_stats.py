@@ -40,7 +40,7 @@ from util.data.image_io import (
 )
 from util.data.shards import find_shards, is_shards
 from util.datasets import find_pictures
-from util.eval.inference import DEFAULT_WORKERS, list_files
+from util.eval.inference import DEFAULT_WORKERS, list_images
 from util.eval.report import imbalance_note
 from util.io.errors import BadImage, UserError
 from util.run import launch as run
@@ -298,7 +298,7 @@ def list_part(place: Path) -> tuple[list, Counter]:
         UserError: the list or the shards cannot be used.
     """
     if place.is_dir() and not is_shards(str(place)):
-        paths = list_files([str(place)])
+        paths = list_images([str(place)])
         return paths, count_classes(place, paths)
     _, samples, _ = find_pictures(str(place))
     return [path for path, _ in samples], Counter()

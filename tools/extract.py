@@ -27,7 +27,7 @@ from util.eval.inference import (
     build_files_loader,
     default_feature,
     describe_transform,
-    list_files,
+    list_images,
     run_features,
     set_evaluation,
 )
@@ -72,7 +72,7 @@ def find_pictures(sources: list[str]) -> Pictures:
         UserError: there are none.
         UserError: the folder is a whole data set, so that train and val would count as classes.
     """
-    paths = list_files(sources)
+    paths = list_images(sources)
     if len(sources) > 1 or not os.path.isdir(sources[0]):
         return Pictures(paths, paths, [0] * len(paths), [])
     names = [os.path.relpath(path, sources[0]).replace(os.sep, "/") for path in paths]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def textbook_loss(
+def reference_loss(
     model: nn.Module, imgs: Tensor, mask_ratio: float, kept_mask_ratio: float, noise: Tensor
 ) -> Tensor:
     """Loss of a CrossMAE (with or without weighted maps) or MAE model; noise (B, L)."""

@@ -9,10 +9,10 @@ import models_cross
 import models_mae
 import models_vit
 from util.checkpoint import load_strict
-from util.io.checkpoint_file import kind_of, read_checkpoint, weights_of
+from util.io.checkpoint_file import checkpoint_type, read_checkpoint, weights_of
 from util.io.errors import CheckpointError, UserError
-from util.layers.masking import count_patches
-from util.run.flags import fill_channels
+from util.layers.masking import num_visible_and_predicted
+from util.run.flags import set_mean_std
 
 PRETRAIN_DEFAULTS = dict(
     cross_mae=False,
@@ -32,7 +32,7 @@ SHARED_DEFAULTS = dict(
 )
 
 
-def build_pretrain_model(args, attend=None) -> nn.Module:
+def build_pretrain_model(args, attention_backend=None) -> nn.Module:
     """The MAE or CrossMAE that the flags describe.
 
     Raises:
@@ -44,7 +44,7 @@ def build_pretrain_model(args, attend=None) -> nn.Module:
         in_chans=args.in_chans,
         decoder_depth=args.decoder_depth,
         norm_pix_loss=args.norm_pix_loss,
-        attend=attend,
+        attention_backend=attention_backend,
     )
     for name in ("patch_size", "decoder_embed_dim"):
         if getattr(args, name) is not None:
@@ -55,11 +55,11 @@ def build_pretrain_model(args, attend=None) -> nn.Module:
     model = find_factory(module, "mae_vit_", args.model)(**options)
     model.grad_checkpointing = args.grad_checkpointing
     kept_mask_ratio = args.kept_mask_ratio if args.cross_mae else args.mask_ratio
-    count_patches(model.patch_embed.num_patches, args.mask_ratio, kept_mask_ratio)
+    num_visible_and_predicted(model.patch_embed.num_patches, args.mask_ratio, kept_mask_ratio)
     return model
 
 
-def build_classifier(args, attend=None) -> nn.Module:
+def build_classifier(args, attention_backend=None) -> nn.Module:
     """The classifier that the flags describe.
 
     Raises:
@@ -72,7 +72,7 @@ def build_classifier(args, attend=None) -> nn.Module:
         num_classes=args.nb_classes,
         drop_path_rate=args.drop_path,
         global_pool=args.global_pool,
-        attend=attend,
+        attention_backend=attention_backend,
         **options,
     )
     model.grad_checkpointing = args.grad_checkpointing
@@ -92,7 +92,7 @@ def find_factory(module, prefix: str, name: str):
 
 
 def load_trained(
-    source: str | Path, attend=None, **changes
+    source: str | Path, attention_backend=None, **changes
 ) -> tuple[nn.Module, argparse.Namespace]:
     """Model of a checkpoint in evaluation mode on the CPU, and the arguments it was made with.
 
@@ -106,7 +106,7 @@ def load_trained(
     """
     checkpoint = read_checkpoint(source)
     weights = weights_of(checkpoint, str(source))
-    kind = kind_of(weights)
+    kind = checkpoint_type(weights)
     if kind not in ("pre-training", "fine-tuned"):
         raise CheckpointError(
             f"{source} is a checkpoint of kind {kind!r}; one written by main_pretrain.py or "
@@ -121,13 +121,13 @@ def load_trained(
     args = argparse.Namespace(**{**defaults, **known, "grad_checkpointing": False})
     if isinstance(args.input_size, list):
         args.input_size = tuple(args.input_size)
-    fill_channels(args)
+    set_mean_std(args)
     args.class_names = checkpoint.get("class_names", [])
     if is_classifier:
         is_probe = "head.1.bias" in weights
         args.nb_classes = len(weights["head.1.bias" if is_probe else "head.bias"])
         args.global_pool = "fc_norm.weight" in weights
-    model = (build_classifier if is_classifier else build_pretrain_model)(args, attend)
+    model = (build_classifier if is_classifier else build_pretrain_model)(args, attention_backend)
     if is_classifier and is_probe:
         model.freeze_for_probe()
     load_strict(model, weights, str(source))

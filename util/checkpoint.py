@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from util.io.checkpoint_file import (
-    kind_of,
+    checkpoint_type,
     plain_args,
     read_checkpoint,
     strip_prefixes,
@@ -22,7 +22,7 @@ from util.pos_embed import interpolate_pos_embed
 
 logger = logging.getLogger(__name__)
 
-SHAPING = (  # flags on which the names and shapes of the weights depend
+MODEL_FLAGS = (  # flags on which the names and shapes of the weights depend
     "model input_size patch_size in_chans cross_mae decoder_depth decoder_embed_dim weight_fm "
     "use_fm use_input self_attn nb_classes global_pool linear_probe".split()
 )
@@ -118,7 +118,7 @@ def load_strict(
     if not (missing or unexpected or reshaped):
         model.load_state_dict(weights)
         return
-    found, wanted = kind_of(weights), kind_of(own)
+    found, wanted = checkpoint_type(weights), checkpoint_type(own)
     if found != wanted:
         remedies = {"fine-tuned": "--finetune", "pre-training": "--init_from"}
         remedy = f"check what the file is (its first entries: {', '.join(list(weights)[:3])})"
@@ -143,7 +143,7 @@ def load_strict(
 def differing_flags(args, trained: dict) -> str:
     """Flags that shape the model, as a checkpoint's arguments have them and `args` does not."""
     found = []
-    for name in SHAPING:
+    for name in MODEL_FLAGS:
         theirs, ours = (
             list(value) if isinstance(value, tuple) else value
             for value in (trained.get(name), getattr(args, name, None))

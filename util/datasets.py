@@ -31,7 +31,7 @@ from util.rng import seeded
 MAX_ATTEMPTS = 10  # pictures in a row that --skip_bad_images tries
 
 
-class Images(Dataset):
+class ImageDataset(Dataset):
     """Pictures with class numbers: item (epoch, i) -> (transformed picture, class number).
 
     `samples` is a sequence of (path, class number), `classes` the list of class names.
@@ -63,7 +63,7 @@ class Images(Dataset):
             return self.transform(self.read(path)), label
 
 
-class TolerantImages(Images):
+class TolerantImages(ImageDataset):
     """The same, with the next readable picture in place of one that is not.
 
     Item (epoch, i) -> (picture, class number, i if it was replaced, else -1).
@@ -95,7 +95,7 @@ class Reader:
         return self.read(path, self.in_chans)
 
 
-def build_pretrain_dataset(args) -> Images:
+def build_pretrain_dataset(args) -> ImageDataset:
     """Training pictures of pre-training; see find_pictures for what --data_path may be.
 
     Raises:
@@ -106,17 +106,17 @@ def build_pretrain_dataset(args) -> Images:
         transform, read = FastPretrainTransform(args.input_size), read_image
     else:
         transform, read = build_pretrain_transform(args), open_image
-    kind = TolerantImages if getattr(args, "skip_bad_images", False) else Images
+    kind = TolerantImages if getattr(args, "skip_bad_images", False) else ImageDataset
     dataset = kind(samples, classes, transform, Reader(read, args.in_chans), args.seed)
     dataset.origin = origin
     return dataset
 
 
-def build_dataset(is_train: bool, args) -> Images:
+def build_dataset(is_train: bool, args) -> ImageDataset:
     """Pictures of fine-tuning or evaluation, DATA/train/CLASS/* or DATA/val/CLASS/*."""
     classes, samples = list_classes(Path(args.data_path, "train" if is_train else "val"))
     reader = Reader(open_image, args.in_chans)
-    kind = TolerantImages if is_train and getattr(args, "skip_bad_images", False) else Images
+    kind = TolerantImages if is_train and getattr(args, "skip_bad_images", False) else ImageDataset
     if is_train and has_arrays(samples, args.in_chans):
         transform = build_array_transform(args)
     else:

@@ -76,7 +76,7 @@ class NativeScalerWithGradNormCount:
             clip_grad: largest gradient norm, or None.
             parameters: what the norm is taken over; by default all that the optimizer holds.
         """
-        self.scaler.scale(poison(loss)).backward(create_graph=create_graph)
+        self.scaler.scale(propagate_nonfinite(loss)).backward(create_graph=create_graph)
         if not update_grad:
             return None
         if parameters is None:
@@ -111,7 +111,7 @@ class NativeScalerWithGradNormCount:
             self.scaler.load_state_dict(state)
 
 
-def poison(loss: Tensor) -> Tensor:
+def propagate_nonfinite(loss: Tensor) -> Tensor:
     """The loss itself, with NaN for its gradients if it is not finite.
 
     An infinite loss can have finite gradients. Through the sum over processes the NaN reaches every

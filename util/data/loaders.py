@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from util.data.image_io import normalize
 from util.distributed import get_rank, get_world_size
 from util.io.errors import UserError
-from util.run.signals import ignore_in_worker
+from util.run.signals import ignore_signals_in_worker
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def build_loader(dataset: Dataset, batches: Sampler, args) -> DeviceLoader:
         pin_memory=args.pin_mem and args.device.type == "cuda",
         persistent_workers=args.num_workers > 0,
         prefetch_factor=args.prefetch if args.num_workers > 0 else None,
-        worker_init_fn=ignore_in_worker,
+        worker_init_fn=ignore_signals_in_worker,
         generator=torch.Generator(),  # of its own: the model's random numbers stay the model's
     )
     return DeviceLoader(loader, args.device, args.mean, args.std)

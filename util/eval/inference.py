@@ -14,7 +14,7 @@ from tqdm import tqdm
 from util.data.image_io import find_images, open_image
 from util.data.loaders import DeviceLoader, build_eval_loader
 from util.data.transforms import build_transform
-from util.datasets import Images, Reader, read_list
+from util.datasets import ImageDataset, Reader, read_list
 from util.distributed import choose_device, is_main_process
 from util.io.errors import UserError
 from util.optim import AMP_TYPES, autocast, choose_amp_dtype
@@ -80,7 +80,7 @@ def describe_transform(args) -> str:
     )
 
 
-def list_files(sources: Iterable[str]) -> list[str]:
+def list_images(sources: Iterable[str]) -> list[str]:
     """Picture files: those named, those in the lists (.txt) named, and all below the folders named,
     in a fixed order.
 
@@ -106,7 +106,7 @@ def list_files(sources: Iterable[str]) -> list[str]:
 def build_files_loader(samples, classes: list[str], args) -> DeviceLoader:
     """Loader of (path, class number) pictures in order, prepared as in evaluation."""
     reader = Reader(open_image, args.in_chans)
-    dataset = Images(samples, classes, build_transform(False, args), reader)
+    dataset = ImageDataset(samples, classes, build_transform(False, args), reader)
     return build_eval_loader(dataset, args, split=False)
 
 

@@ -154,7 +154,7 @@ def strip_prefixes(name: str) -> str:
     return name
 
 
-def kind_of(weights: dict[str, Tensor]) -> str:
+def checkpoint_type(weights: dict[str, Tensor]) -> str:
     """ "pre-training", "fine-tuned", "encoder" or "unknown", told by the names of the weights."""
     if "mask_token" in weights:
         return "pre-training"

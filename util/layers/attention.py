@@ -13,7 +13,7 @@ INSTALL_HINT = "pip install flash-attn --no-build-isolation"
 HALF = (torch.float16, torch.bfloat16)
 
 
-class Attend:
+class AttentionBackend:
     """PyTorch's scaled_dot_product_attention with its own choice of kernel.
 
     Projections come packed as the linear layers produce them, so that no copy is made on the way
@@ -22,23 +22,23 @@ class Attend:
 
     name = "torch scaled_dot_product_attention"
 
-    def self_attend(self, qkv: Tensor) -> Tensor:
+    def self_attention(self, qkv: Tensor) -> Tensor:
         """qkv (B, N, 3, H, d) -> (B, N, H, d)."""
         q, k, v = qkv.unbind(2)
-        return self.attend(q, k, v)
+        return self.attention(q, k, v)
 
-    def cross_attend(self, q: Tensor, kv: Tensor) -> Tensor:
+    def cross_attention(self, q: Tensor, kv: Tensor) -> Tensor:
         """q (B, N, H, d), kv (B, M, 2, H, d) -> (B, N, H, d)."""
         k, v = kv.unbind(2)
-        return self.attend(q, k, v)
+        return self.attention(q, k, v)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, N, H, d), k and v (B, M, H, d) -> (B, N, H, d)."""
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
         return out.transpose(1, 2)
 
 
-class AttendFlashKernel(Attend):
+class FlashKernelBackend(AttentionBackend):
     """PyTorch's attention with its built-in FlashAttention-2 kernel asked for first."""
 
     def __init__(self, why_not_package: str):
@@ -47,13 +47,13 @@ class AttendFlashKernel(Attend):
             f"(package flash-attn not used: {why_not_package})"
         )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         with sdpa_kernel(kernels, set_priority=True):
-            return super().attend(q, k, v)
+            return super().attention(q, k, v)
 
 
-class AttendFlashPackage(Attend):
+class FlashPackageBackend(AttentionBackend):
     """The flash-attn package in half precision; PyTorch's attention for float32 tensors."""
 
     def __init__(
@@ -64,17 +64,19 @@ class AttendFlashPackage(Attend):
         self.flash_qkv = flash_attn_qkvpacked_func
         self.flash_kv = flash_attn_kvpacked_func
 
-    def self_attend(self, qkv: Tensor) -> Tensor:
-        return self.flash_qkv(qkv) if qkv.dtype in HALF else super().self_attend(qkv)
+    def self_attention(self, qkv: Tensor) -> Tensor:
+        return self.flash_qkv(qkv) if qkv.dtype in HALF else super().self_attention(qkv)
 
-    def cross_attend(self, q: Tensor, kv: Tensor) -> Tensor:
-        return self.flash_kv(q, kv) if q.dtype in HALF else super().cross_attend(q, kv)
+    def cross_attention(self, q: Tensor, kv: Tensor) -> Tensor:
+        return self.flash_kv(q, kv) if q.dtype in HALF else super().cross_attention(q, kv)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.flash(q, k, v) if q.dtype in HALF else super().attend(q, k, v)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.flash(q, k, v) if q.dtype in HALF else super().attention(q, k, v)
 
 
-def get_attend(flash: bool, device: torch.device, amp_dtype: torch.dtype | None) -> Attend:
+def get_attention_backend(
+    flash: bool, device: torch.device, amp_dtype: torch.dtype | None
+) -> AttentionBackend:
     """Choose the attention once, at start-up; `.name` says in one line which it is, and why.
 
     Args:
@@ -83,15 +85,15 @@ def get_attend(flash: bool, device: torch.device, amp_dtype: torch.dtype | None)
         amp_dtype: autocast type of the run, or None for float32.
     """
     if not flash:
-        return Attend()
+        return AttentionBackend()
     if device.type != "cuda":
-        return AttendFlashKernel("it needs a CUDA device; this run is on the CPU")
+        return FlashKernelBackend("it needs a CUDA device; this run is on the CPU")
     if amp_dtype not in HALF:
-        return AttendFlashKernel("it needs half precision; this run is float32 (--amp off)")
+        return FlashKernelBackend("it needs half precision; this run is float32 (--amp off)")
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         found = ".".join(map(str, capability))
-        return AttendFlashKernel(f"it needs compute capability 8.0, this GPU has {found}")
+        return FlashKernelBackend(f"it needs compute capability 8.0, this GPU has {found}")
     try:
         # By name: with other flash-attn packages installed, `import flash_attn` alone may succeed.
         import flash_attn
@@ -101,7 +103,7 @@ def get_attend(flash: bool, device: torch.device, amp_dtype: torch.dtype | None)
             flash_attn_qkvpacked_func,
         )
     except ImportError as error:
-        return AttendFlashKernel(f"{error}; install it with `{INSTALL_HINT}`")
-    return AttendFlashPackage(
+        return FlashKernelBackend(f"{error}; install it with `{INSTALL_HINT}`")
+    return FlashPackageBackend(
         flash_attn, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func
     )

@@ -10,9 +10,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from util.io.errors import UserError
-from util.layers.attention import Attend
-from util.layers.patchify import take_patches
-from util.layers.recompute import linear_after
+from util.layers.attention import AttentionBackend
+from util.layers.patchify import gather_patches
+from util.layers.recompute import recompute_then_linear
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # of every published model
 
@@ -47,7 +47,7 @@ class PatchEmbed(nn.Module):
             )
         if ids is None:
             return self.proj(imgs).flatten(2).transpose(1, 2)
-        patches = take_patches(imgs, ids, self.patch_size).flatten(2)
+        patches = gather_patches(imgs, ids, self.patch_size).flatten(2)
         return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -61,45 +61,53 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """mlp(norm(x)): (B, N, D) -> (B, N, D)."""
-        hidden = linear_after(norm, x, self.fc1)
-        return linear_after(nn.functional.gelu, hidden, self.fc2)
+        hidden = recompute_then_linear(norm, x, self.fc1)
+        return recompute_then_linear(nn.functional.gelu, hidden, self.fc2)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with one projection for q, k and v."""
 
-    def __init__(self, dim: int, num_heads: int, attend: Attend):
+    def __init__(self, dim: int, num_heads: int, attention_backend: AttentionBackend):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.attend = attend
+        self.attention_backend = attention_backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """attention(norm(x)): (B, N, D) -> (B, N, D)."""
-        qkv = linear_after(norm, x, self.qkv).unflatten(2, (3, self.num_heads, -1))
-        return self.proj(self.attend.self_attend(qkv).flatten(2))  # (B, N, H, d) -> (B, N, D)
+        qkv = recompute_then_linear(norm, x, self.qkv).unflatten(2, (3, self.num_heads, -1))
+        return self.proj(
+            self.attention_backend.self_attention(qkv).flatten(2)
+        )  # (B, N, H, d) -> (B, N, D)
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention of N queries on a context of M tokens."""
 
-    def __init__(self, dim: int, context_dim: int, num_heads: int, attend: Attend):
+    def __init__(
+        self, dim: int, context_dim: int, num_heads: int, attention_backend: AttentionBackend
+    ):
         super().__init__()
         check_heads(dim, num_heads)
         self.num_heads = num_heads
-        self.attend = attend
+        self.attention_backend = attention_backend
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(context_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, norm: nn.Module, context: Tensor, context_norm=None) -> Tensor:
         """Queries norm(x) (B, N, D) read context_norm(context) (B, M, C) -> (B, N, D)."""
-        q = linear_after(norm, x, self.q).unflatten(2, (self.num_heads, -1))
-        kv = linear_after(context_norm, context, self.kv) if context_norm else self.kv(context)
+        q = recompute_then_linear(norm, x, self.q).unflatten(2, (self.num_heads, -1))
+        kv = (
+            recompute_then_linear(context_norm, context, self.kv)
+            if context_norm
+            else self.kv(context)
+        )
         kv = kv.unflatten(2, (2, self.num_heads, -1))  # (B, M, 2, H, d)
-        return self.proj(self.attend.cross_attend(q, kv).flatten(2))
+        return self.proj(self.attention_backend.cross_attention(q, kv).flatten(2))
 
 
 class Block(nn.Module):
@@ -110,13 +118,13 @@ class Block(nn.Module):
         dim: int,
         num_heads: int,
         mlp_ratio: float,
-        attend: Attend,
+        attention_backend: AttentionBackend,
         norm_layer=LayerNorm,
         drop_path: float = 0.0,
     ):
         super().__init__()
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, attend)
+        self.attn = Attention(dim, num_heads, attention_backend)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -136,17 +144,17 @@ class CrossAttentionBlock(nn.Module):
         context_dim: int,
         num_heads: int,
         mlp_ratio: float,
-        attend: Attend,
+        attention_backend: AttentionBackend,
         norm_layer=LayerNorm,
         self_attn: bool = False,
     ):
         super().__init__()
         if self_attn:
             self.norm0 = norm_layer(dim)
-            self.self_attn = Attention(dim, num_heads, attend)
+            self.self_attn = Attention(dim, num_heads, attention_backend)
         self.has_self_attn = self_attn
         self.norm1 = norm_layer(dim)
-        self.cross_attn = CrossAttention(dim, context_dim, num_heads, attend)
+        self.cross_attn = CrossAttention(dim, context_dim, num_heads, attention_backend)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 

@@ -39,7 +39,9 @@ class Masking(NamedTuple):
         return torch.zeros(self.order.shape, device=self.order.device).scatter_(1, self.ids_pred, 1)
 
 
-def count_patches(num_patches: int, mask_ratio: float, kept_mask_ratio: float) -> tuple[int, int]:
+def num_visible_and_predicted(
+    num_patches: int, mask_ratio: float, kept_mask_ratio: float
+) -> tuple[int, int]:
     """(V, P) of L patches, rounded as the published code does: the double product cut to an int.
 
     Raises:
@@ -70,6 +72,6 @@ def random_masking(noise: Tensor, num_visible: int, num_predicted: int) -> Maski
     return Masking(noise.argsort(dim=1), num_visible, num_predicted)
 
 
-def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     """Select tokens: x (B, N, D), ids (B, M) -> (B, M, D)."""
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def cut_grid(imgs: Tensor, patch_size: int) -> Tensor:
+def view_patches(imgs: Tensor, patch_size: int) -> Tensor:
     """View of imgs (B, C, H, W) as (B, rows, columns, C, p, p); no copy."""
     rows, columns = imgs.shape[2] // patch_size, imgs.shape[3] // patch_size
     grid = imgs.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))
@@ -17,7 +17,7 @@ def cut_grid(imgs: Tensor, patch_size: int) -> Tensor:
 
 def patchify(imgs: Tensor, patch_size: int) -> Tensor:
     """imgs (B, C, H, W) -> (B, L, p*p*C)."""
-    return cut_grid(imgs, patch_size).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+    return view_patches(imgs, patch_size).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
@@ -26,9 +26,9 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-def take_patches(imgs: Tensor, ids: Tensor, patch_size: int) -> Tensor:
+def gather_patches(imgs: Tensor, ids: Tensor, patch_size: int) -> Tensor:
     """Cut out chosen patches only: imgs (B, C, H, W), ids (B, M) -> (B, M, C, p, p)."""
-    grid = cut_grid(imgs, patch_size)
+    grid = view_patches(imgs, patch_size)
     image = torch.arange(len(imgs), device=imgs.device).unsqueeze(1)
     return grid[image, ids // grid.shape[2], ids % grid.shape[2]]
 

@@ -1,9 +1,9 @@
-"""Keep less for backward: recompute what is cheap instead of storing it.
+"""Keep less for backward: recompute op operations instead of storing their outputs.
 
-`linear(cheap(x))` normally stores x for the backward of `cheap` and cheap(x) for the weight
-gradient of `linear`. `linear_after` stores x alone and evaluates `cheap` again in backward. With
-LayerNorm and GELU as `cheap`, a transformer block keeps 10 instead of 16 values per token and
-channel, at the price of a few per cent of its arithmetic; no matrix product is done twice.
+`linear(op(x))` normally stores x for the backward of `op` and op(x) for the weight gradient of
+`linear`. `recompute_then_linear` stores x alone and evaluates `op` again in backward. With
+LayerNorm and GELU as `op`, a transformer block keeps 10 instead of 16 values per token and channel,
+at the price of a few per cent of its arithmetic; no matrix product is done twice.
 """
 
 from collections.abc import Callable
@@ -15,31 +15,31 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 
-def linear_after(cheap: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
-    """linear(cheap(x)) of x (B, N, D), the same function and gradients, with x alone kept.
+def recompute_then_linear(op: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
+    """linear(op(x)) of x (B, N, D), the same function and gradients, with x alone kept.
 
     Args:
-        cheap: a module or function without randomness, such as LayerNorm or GELU.
+        op: a module or function without randomness, such as LayerNorm or GELU.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler plans for itself
-        return linear(cheap(x))
-    params = tuple(cheap.parameters()) if isinstance(cheap, nn.Module) else ()
-    return LinearAfter.apply(cheap, x, linear.weight, linear.bias, *params)
+        return linear(op(x))
+    params = tuple(op.parameters()) if isinstance(op, nn.Module) else ()
+    return RecomputeThenLinear.apply(op, x, linear.weight, linear.bias, *params)
 
 
-class LinearAfter(torch.autograd.Function):
-    """F.linear(cheap(x), weight, bias); `params` are the parameters that `cheap` uses."""
+class RecomputeThenLinear(torch.autograd.Function):
+    """F.linear(op(x), weight, bias); `params` are the parameters that `op` uses."""
 
     @staticmethod
-    def forward(ctx, cheap, x: Tensor, weight: Tensor, bias: Tensor, *params: Tensor) -> Tensor:
+    def forward(ctx, op, x: Tensor, weight: Tensor, bias: Tensor, *params: Tensor) -> Tensor:
         device = x.device.type
         # Not through __call__ in backward: the hooks of a module have run in forward.
-        ctx.again = cheap.forward if isinstance(cheap, nn.Module) else cheap
+        ctx.again = op.forward if isinstance(op, nn.Module) else op
         ctx.amp_dtype = (
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         )
         ctx.save_for_backward(x, weight, *params)
-        return F.linear(cheap(x), weight, bias)
+        return F.linear(op(x), weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -13,10 +13,10 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from util.layers.attention import Attend
+from util.layers.attention import AttentionBackend
 from util.layers.blocks import Block, LayerNorm, PatchEmbed
-from util.layers.masking import Masking, count_patches, random_masking
-from util.layers.patchify import normalize_patches, patchify, take_patches, unpatchify
+from util.layers.masking import Masking, num_visible_and_predicted, random_masking
+from util.layers.patchify import gather_patches, normalize_patches, patchify, unpatchify
 from util.pos_embed import get_2d_sincos_pos_embed
 
 SMALL = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
@@ -47,6 +47,7 @@ class Features(NamedTuple):
 class ViTBackbone(nn.Module):
     """Patch embedding, class token, positions and encoder blocks."""
 
+    kind: str  # "mae", "crossmae" or "classifier"
     grad_checkpointing = False  # keep only block inputs and run each block again in backward
 
     def __init__(
@@ -59,11 +60,11 @@ class ViTBackbone(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         norm_layer,
-        attend: Attend | None,
+        attention_backend: AttentionBackend | None,
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        self.attend = attend or Attend()
+        self.attention_backend = attention_backend or AttentionBackend()
         self.embed_dim = embed_dim
         patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -71,7 +72,7 @@ class ViTBackbone(nn.Module):
         self.patch_embed = patch_embed
         drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, self.attend, norm_layer, drop_path[i])
+            Block(embed_dim, num_heads, mlp_ratio, self.attention_backend, norm_layer, drop_path[i])
             for i in range(depth)
         )
 
@@ -140,14 +141,14 @@ class MaskedAutoencoder(ViTBackbone):
     ) -> Masking:
         """Random masking of these pictures; noise (B, L) replaces the random draw."""
         num_patches = self.patch_embed.num_patches
-        counts = count_patches(num_patches, mask_ratio, kept_mask_ratio)
+        counts = num_visible_and_predicted(num_patches, mask_ratio, kept_mask_ratio)
         if noise is None:
             noise = torch.rand(len(imgs), num_patches, device=imgs.device)
         return random_masking(noise, *counts)
 
     def pixel_target(self, imgs: Tensor, ids_pred: Tensor) -> Tensor:
         """What the decoder should predict at ids_pred (B, P), in float32: (B, P, p*p*C)."""
-        target = take_patches(imgs, ids_pred, self.patch_embed.patch_size)  # (B, P, C, p, p)
+        target = gather_patches(imgs, ids_pred, self.patch_embed.patch_size)  # (B, P, C, p, p)
         target = target.permute(0, 1, 3, 4, 2).flatten(2).float()
         return normalize_patches(target) if self.norm_pix_loss else target
 

@@ -270,10 +270,10 @@ def check_shared(args: argparse.Namespace) -> None:
         raise UserError("--skip_bad_images is for training, --eval counts every image: drop it.")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks in the output folder: give --output_dir.")
-    fill_channels(args)
+    set_mean_std(args)
 
 
-def fill_channels(args: argparse.Namespace) -> None:
+def set_mean_std(args: argparse.Namespace) -> None:
     """Mean and deviation of every channel: the flags', ImageNet's for 3 channels, else 0.5.
 
     Raises:

@@ -21,7 +21,7 @@ from util import distributed
 from util.io.errors import UserError
 from util.rng import seed_all
 from util.run import signals
-from util.run.state import tidy_output
+from util.run.state import clean_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def recording(args, state, num_iterations: int):
     """TensorBoard writer (or None) during training; says when it starts and how long it took."""
     signals.watch()
     if args.rank == 0 and args.output_dir:
-        tidy_output(args, state.epoch)
+        clean_output_dir(args, state.epoch)
     writer = make_writer(args, int((state.epoch + state.iteration / num_iterations) * 1000))
     if state.epoch >= args.epochs:
         logger.info(
@@ -162,7 +162,7 @@ def run(main, args) -> None:
         logger.error("Error: %s", sentence)
         sys.exit(1)
     finally:
-        signals.end_workers()
+        signals.kill_workers()
         free_frames(sys.exc_info()[1])
         distributed.close()
         signals.unwatch()  # last: the other ranks' signals may come while this one ends

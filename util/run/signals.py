@@ -42,18 +42,18 @@ def unwatch() -> None:
     before.clear()
 
 
-def is_stop_asked() -> bool:
+def stop_requested() -> bool:
     """Whether this process has been asked to stop."""
     return bool(received)
 
 
-def ignore_in_worker(worker_id: int) -> None:
+def ignore_signals_in_worker(worker_id: int) -> None:
     """Loader processes get the signals of their group too; they must outlive the save."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_workers() -> None:
+def kill_workers() -> None:
     """End the loader processes at the end of a run; they ignore the polite way."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call this a crash
     for worker in multiprocessing.active_children():

@@ -18,7 +18,7 @@ from util.optim import choose_amp_dtype
 logger = logging.getLogger(__name__)
 
 
-def report_start(args, model, lr_text: str, attention: str, data_text: str) -> None:
+def log_startup_summary(args, model, lr_text: str, attention: str, data_text: str) -> None:
     """The block a researcher checks before going away."""
     num_params = sum(p.numel() for p in model.parameters())
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -49,7 +49,7 @@ def report_start(args, model, lr_text: str, attention: str, data_text: str) -> N
     for name, text in lines.items():
         logger.info("%-16s %s", name, text)
     if args.rank == 0 and args.output_dir:
-        write_manifest(args, effective, lines)
+        write_run_json(args, effective, lines)
     logger.info("base lr: %.2e", args.lr * 256 / effective)
     logger.info("actual lr: %.2e", args.lr)
     logger.info("accumulate grad iterations: %d", args.accum_iter)
@@ -61,7 +61,7 @@ def report_start(args, model, lr_text: str, attention: str, data_text: str) -> N
         )
 
 
-def write_manifest(args, effective_batch: int, start_block: dict[str, str]) -> None:
+def write_run_json(args, effective_batch: int, start_block: dict[str, str]) -> None:
     """run.json in the output folder: what was run, with what, on what."""
     manifest = {
         "command": sys.argv,

@@ -52,7 +52,7 @@ class RunState:
         """Take up the run in args.resume, if there is one.
 
         Args:
-            checkpoint: what that file holds, where settle_resume has read it.
+            checkpoint: what that file holds, where resolve_resume has read it.
 
         Raises:
             CheckpointError: the file cannot be read or fits another model.
@@ -62,7 +62,7 @@ class RunState:
                 self.args, self.model, self.optimizer, self.loss_scaler, checkpoint
             )
             self.epoch = self.args.start_epoch
-            self.take_position(checkpoint.get("state"))
+            self.restore_position(checkpoint.get("state"))
             self.last_saved = self.describe(self.args.resume)
         self.check_agreement()
 
@@ -82,7 +82,7 @@ class RunState:
                 "hosts share."
             )
 
-    def take_position(self, state: dict | None) -> None:
+    def restore_position(self, state: dict | None) -> None:
         """Go on inside the epoch, if images come in the order of the run that wrote the state."""
         if not isinstance(state, dict) or not POSITION <= state.keys():
             logger.info("The file holds no position and random states; its next epoch starts fresh")
@@ -107,7 +107,7 @@ class RunState:
         else:
             logger.warning("%s: the order of images changes from here on", ", ".join(changed))
 
-    def take_data(self, dataset) -> None:
+    def register_dataset(self, dataset) -> None:
         """Note the training data; in other data than before, a position has no meaning."""
         self.class_names = dataset.classes
         if self.iteration and self.num_images not in (None, len(dataset)):
@@ -141,7 +141,7 @@ class RunState:
             return
         minutes = (time.monotonic() - self.last_save) / 60
         is_due = is_main_process() and 0 < args.save_every_minutes <= minutes
-        is_due, is_stopping = all_reduce_max([is_due, signals.is_stop_asked()], args.device)
+        is_due, is_stopping = all_reduce_max([is_due, signals.stop_requested()], args.device)
         if not (is_due or is_stopping):
             return
         log.read()  # nothing is saved whose loss nobody has looked at
@@ -172,7 +172,7 @@ class RunState:
             self.best = acc1
         keeps = args.keep_every > 0 and epoch % args.keep_every == 0
         is_last = self.epoch == args.epochs
-        (is_stopping,) = all_reduce_max([signals.is_stop_asked()], args.device)
+        (is_stopping,) = all_reduce_max([signals.stop_requested()], args.device)
         is_due = keeps or is_best or is_last or is_stopping or epoch % args.save_every == 0
         if args.output_dir and is_due:
             links = [f"checkpoint-{epoch}.pth"] * keeps + ["checkpoint-best.pth"] * is_best
@@ -250,7 +250,7 @@ def flush(writer) -> None:
         ) from error
 
 
-def settle_resume(args) -> dict | None:
+def resolve_resume(args) -> dict | None:
     """Put the file that `--resume auto` means into args.resume; what it holds.
 
     That is the newest complete checkpoint in the output folder, or '' and None without one.
@@ -289,7 +289,7 @@ def remove_old(folder: Path, keep_last: int, epoch: int) -> None:
         (folder / f"checkpoint-{number}.pth").unlink(missing_ok=True)
 
 
-def tidy_output(args, first_epoch: int) -> None:
+def clean_output_dir(args, first_epoch: int) -> None:
     """Clear the output folder of what an interrupted run left: half-written files, lines of log.txt
     about epochs that will be run again. Where another run was, its log is laid aside.
     """

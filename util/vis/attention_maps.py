@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from util.layers.masking import take_tokens
+from util.layers.masking import gather_tokens
 from util.vis.figures import (
     GREY,
     TILE_SIDE,
@@ -67,7 +67,7 @@ def read_attention(
     if is_cross:
         weights = [spread(w, masking.ids_keep, masking.order.shape[1]) for w in weights]
     else:
-        weights = [take_tokens(w, 1 + masking.ids_pred) for w in weights]
+        weights = [gather_tokens(w, 1 + masking.ids_pred) for w in weights]
     visible = torch.zeros_like(masking.mask).scatter_(1, masking.ids_keep, 1).bool()
     return DecoderAttention(torch.stack(weights), masking.ids_pred, visible)
 

@@ -9,7 +9,7 @@ from util.vis.reconstruction import feature_map_weights, reconstruction_grid
 PICTURES_PER_RUN = 20  # about so many times a run shows its pictures
 
 
-class PictureBoard:
+class ImageLog:
     """Shows the same few pictures again and again while a model learns to reconstruct them."""
 
     def __init__(self, args, writer, loader):
