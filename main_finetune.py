@@ -25,7 +25,7 @@ from util.eval.report import count_confusion, name_classes, predict_files, write
 from util.io.checkpoint_file import read_checkpoint, weights_of
 from util.io.errors import UserError
 from util.layers.attention import get_attention_backend
-from util.layers.compile import compile_blocks
+from util.layers.vit import compile_blocks
 from util.lr_decay import param_groups_lrd
 from util.optim import (
     NativeScalerWithGradNormCount,

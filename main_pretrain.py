@@ -14,7 +14,7 @@ from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.io.errors import UserError
 from util.layers.attention import get_attention_backend
-from util.layers.compile import compile_blocks
+from util.layers.vit import compile_blocks
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
 from util.run import launch as run

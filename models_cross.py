@@ -1,9 +1,9 @@
 """CrossMAE: masked autoencoder with a cross-attention decoder (arXiv 2401.14391).
 
-A decoder query is the position of a masked patch; it reads the encoder's feature maps and no other
-query, so any share of the masked patches can be predicted.
+A decoder query is the position of a masked patch. It attends to feature maps of the encoder and to
+no other query, so any fraction of the masked patches can be predicted.
 
-Letters: B images, L patches, V visible, P predicted, D encoder width, E decoder width, K feature
+Shapes: B images, L patches, V visible, P predicted, D encoder width, E decoder width, K feature
 maps, J decoder blocks, C channels, p patch size.
 """
 
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.io.errors import UserError
-from util.layers.attention import AttentionBackend
 from util.layers.blocks import CrossAttentionBlock
 from util.layers.masking import Masking
 from util.layers.recompute import mix
@@ -29,7 +28,7 @@ class WeightedFeatureMaps(nn.Module):
         self.linear = nn.Linear(num_maps, decoder_depth, bias=False)  # weight (J, K)
 
     def forward(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
-        """K maps (B, N, D) of one shape -> J mixtures (B, N, D)."""
+        """K maps (B, N, D) -> J weighted sums (B, N, D)."""
         return mix(self.linear.weight, list(maps))
 
 
@@ -40,89 +39,56 @@ class CrossMAE(MaskedAutoencoder):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 1024,
-        depth: int = 24,
-        num_heads: int = 16,
-        decoder_embed_dim: int = 512,
+        *,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        norm_layer=nn.LayerNorm,
-        norm_pix_loss: bool = False,
         weight_fm: bool = False,
         use_fm: Sequence[int] = (-1,),
         use_input: bool = False,
         self_attn: bool = False,
-        attention_backend: AttentionBackend | None = None,
+        **backbone,
     ):
         """
         Args:
-            weight_fm: every decoder block reads its own mixture of feature maps; without it, all
-                read the normalised output of the last block.
-            use_fm: encoder blocks whose outputs are mixed, negative from the end; -1 alone means
+            weight_fm: every decoder block attends to its own weighted sum of feature maps; without
+                it, all attend to the normalized output of the last encoder block.
+            use_fm: encoder blocks whose outputs are summed, negative from the end; -1 alone means
                 all.
             use_input: the encoder's input tokens are one more feature map, the first.
             self_attn: queries also attend to each other.
+            backbone: arguments of MaskedAutoencoder and ViTBackbone.
         """
-        super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            decoder_embed_dim=decoder_embed_dim,
-            mlp_ratio=mlp_ratio,
-            norm_layer=norm_layer,
-            norm_pix_loss=norm_pix_loss,
-            attention_backend=attention_backend,
-        )
-        for name in ("pos_embed", "decoder_pos_embed"):  # published order: both tokens come first
-            setattr(self, name, self._parameters.pop(name))
+        super().__init__(**backbone)
+        D, E = self.embed_dim, self.decoder_embed_dim
+        self.cls_token, self.mask_token = self.new_token(D), self.new_token(E)
+        self.pos_embed, self.decoder_pos_embed = self.new_pos_embed(D), self.new_pos_embed(E)
         self.weight_fm = weight_fm
         self.use_input = use_input
-        self.use_fm = resolve_feature_maps(use_fm, depth)
+        self.use_fm = resolve_feature_maps(use_fm, len(self.blocks))
+        self.has_unused_blocks = weight_fm and self.use_fm[-1] < len(self.blocks) - 1
         if weight_fm:
-            self.dec_norms = nn.ModuleList(norm_layer(embed_dim) for _ in range(decoder_depth))
+            self.dec_norms = nn.ModuleList(self.norm_layer(D) for _ in range(decoder_depth))
             self.wfm = WeightedFeatureMaps(len(self.use_fm) + use_input, decoder_depth)
         else:
-            self.norm = norm_layer(embed_dim)
+            self.norm = self.norm_layer(D)
         self.decoder_blocks = nn.ModuleList(
-            CrossAttentionBlock(
-                decoder_embed_dim,
-                embed_dim,
-                decoder_num_heads,
-                mlp_ratio,
-                self.attention_backend,
-                norm_layer,
-                self_attn,
-            )
+            CrossAttentionBlock(E, D, decoder_num_heads, self_attn=self_attn, **self.block_options)
             for _ in range(decoder_depth)
         )
-        self.add_prediction_head(decoder_embed_dim, norm_layer)
-
-    @property
-    def has_unused_blocks(self) -> bool:
-        """Whether the last encoder blocks are read by nobody, and so get no gradient."""
-        return self.weight_fm and self.use_fm[-1] < len(self.blocks) - 1
+        self.add_prediction_head()
 
     def forward_encoder(self, imgs: Tensor, masking: Masking) -> Sequence[Tensor]:
-        """imgs (B, C, H, W) -> what each of the J decoder blocks reads, (B, 1 + V, D).
+        """imgs (B, C, H, W) -> the context of each of the J decoder blocks, (B, 1 + V, D).
 
-        With weight_fm these are mixtures, which `dec_norms` still have to normalise.
+        With weight_fm these are weighted sums, which `dec_norms` still have to normalize.
         """
         x = self.embed(imgs, masking.ids_keep)
         if not self.weight_fm:
             *_, x = self.run_blocks(x)
             return [self.norm(x)] * len(self.decoder_blocks)
         maps = [x] if self.use_input else []
-        last = self.use_fm[-1]  # blocks after it are read by nobody, and not run
-        for i, output in enumerate(self.run_blocks(x, last + 1)):
-            if i in self.use_fm:
-                maps.append(output)
+        num_used = self.use_fm[-1] + 1  # later blocks would not be used: they are not run
+        maps += [x for i, x in enumerate(self.run_blocks(x, num_used)) if i in self.use_fm]
         return self.wfm(maps)
 
     def forward_decoder(self, contexts: Sequence[Tensor], masking: Masking) -> Tensor:
@@ -130,8 +96,9 @@ class CrossMAE(MaskedAutoencoder):
         x = self.decoder_pos_embed[0, 1:][masking.ids_pred] + self.mask_token  # (B, P, E)
         norms = self.dec_norms if self.weight_fm else [None] * len(self.decoder_blocks)
         for block, context, norm in zip(self.decoder_blocks, contexts, norms, strict=True):
-            x = self.run(block, x, context, norm)
-        return self.decoder_pred(self.decoder_norm(x))
+            x = self.run_block(block, x, context, norm)  # (B, P, E)
+        x = self.decoder_norm(x)  # (B, P, E)
+        return self.decoder_pred(x)  # (B, P, p*p*C)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, masking: Masking) -> Tensor:
         """Mean squared error over the predicted patches: pred (B, P, p*p*C) -> scalar."""
@@ -149,12 +116,12 @@ class CrossMAE(MaskedAutoencoder):
         """Loss of imgs (B, C, H, W).
 
         Args:
-            mask_ratio: share of the patches that the encoder does not see.
-            kept_mask_ratio: share of all patches that is predicted, at most mask_ratio.
-            vis: return (loss, pred, target, mask) instead, pred and target (B, L, p*p*C) with zeros
-                where nothing is predicted, mask (B, L) 1 where something is.
-            noise: (B, L), orders the patches instead of a random draw; the smallest stay visible,
-                the largest are predicted.
+            mask_ratio: fraction of the patches that is masked.
+            kept_mask_ratio: fraction of all patches that is predicted, at most mask_ratio.
+            vis: return (loss, pred, target, mask) instead: pred and target (B, L, p*p*C), zero at
+                patches that are not predicted; mask (B, L), 1 at those that are.
+            noise: (B, L), replaces the random draw; patches with the smallest values are visible,
+                those with the largest are predicted.
         """
         masking = self.draw_masking(imgs, mask_ratio, kept_mask_ratio, noise)
         pred = self.forward_decoder(self.forward_encoder(imgs, masking), masking)
@@ -162,17 +129,18 @@ class CrossMAE(MaskedAutoencoder):
         if not vis:
             return loss
         target = self.pixel_target(imgs, masking.ids_pred)
-        return loss, place(pred, masking), place(target, masking), masking.mask
+        pred, target = (scatter_patches(x, masking) for x in (pred, target))
+        return loss, pred, target, masking.mask
 
 
-def place(patches: Tensor, masking: Masking) -> Tensor:
-    """Put predicted patches (B, P, n) at their places among zeros: (B, L, n)."""
+def scatter_patches(patches: Tensor, masking: Masking) -> Tensor:
+    """Predicted patches (B, P, n) at their positions among zeros: (B, L, n)."""
     ids = masking.ids_pred.unsqueeze(-1).expand_as(patches)
     return patches.new_zeros(*masking.order.shape, patches.shape[-1]).scatter(1, ids, patches)
 
 
 def resolve_feature_maps(use_fm: Sequence[int], depth: int) -> list[int]:
-    """Block numbers to mix, in encoder order.
+    """Indices of the blocks whose outputs are summed, in encoder order.
 
     Raises:
         UserError: a block does not exist or is named twice.
@@ -182,8 +150,8 @@ def resolve_feature_maps(use_fm: Sequence[int], depth: int) -> list[int]:
     blocks = sorted(i + depth if i < 0 else i for i in use_fm)
     if not blocks or blocks[0] < 0 or blocks[-1] >= depth or len(set(blocks)) < len(blocks):
         raise UserError(
-            f"use_fm {list(use_fm)} does not fit an encoder of {depth} blocks: give different "
-            f"numbers from {-depth} to {depth - 1}, or -1 alone for all blocks."
+            f"use_fm {list(use_fm)} does not fit an encoder of {depth} blocks: give distinct "
+            f"indices from {-depth} to {depth - 1}, or -1 alone for all blocks."
         )
     return blocks
 

@@ -1,7 +1,7 @@
 """MAE, the baseline: masked autoencoder with a self-attention decoder (arXiv 2111.06377).
 
-Letters: B images, L patches, V visible, P predicted, D encoder width, E decoder width, C channels,
-p patch size. The decoder sees all L patches; only the masked ones enter the loss.
+Shapes: B images, L patches, V visible, P predicted, D encoder width, E decoder width, C channels,
+p patch size. The decoder runs on all L patches; only masked ones enter the loss.
 """
 
 from functools import partial
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.layers.attention import AttentionBackend
 from util.layers.blocks import Block
 from util.layers.masking import Masking, gather_tokens
 from util.layers.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
@@ -21,44 +20,21 @@ class MAE(MaskedAutoencoder):
 
     kind = "mae"
 
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 1024,
-        depth: int = 24,
-        num_heads: int = 16,
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        norm_layer=nn.LayerNorm,
-        norm_pix_loss: bool = False,
-        attention_backend: AttentionBackend | None = None,
-    ):
-        super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            decoder_embed_dim=decoder_embed_dim,
-            mlp_ratio=mlp_ratio,
-            norm_layer=norm_layer,
-            norm_pix_loss=norm_pix_loss,
-            attention_backend=attention_backend,
-        )
-        self.norm = norm_layer(embed_dim)
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+    def __init__(self, *, decoder_depth: int = 8, decoder_num_heads: int = 16, **backbone):
+        """
+        Args:
+            backbone: arguments of MaskedAutoencoder and ViTBackbone.
+        """
+        super().__init__(**backbone)
+        D, E = self.embed_dim, self.decoder_embed_dim
+        self.cls_token, self.pos_embed = self.new_token(D), self.new_pos_embed(D)
+        self.mask_token, self.decoder_pos_embed = self.new_token(E), self.new_pos_embed(E)
+        self.norm = self.norm_layer(D)
+        self.decoder_embed = nn.Linear(D, E)
         self.decoder_blocks = nn.ModuleList(
-            Block(
-                decoder_embed_dim, decoder_num_heads, mlp_ratio, self.attention_backend, norm_layer
-            )
-            for _ in range(decoder_depth)
+            Block(E, decoder_num_heads, **self.block_options) for _ in range(decoder_depth)
         )
-        self.add_prediction_head(decoder_embed_dim, norm_layer)
+        self.add_prediction_head()
 
     def forward_encoder(self, imgs: Tensor, masking: Masking) -> Tensor:
         """imgs (B, C, H, W) -> class token and visible patches (B, 1 + V, D)."""
@@ -70,12 +46,14 @@ class MAE(MaskedAutoencoder):
         x = self.decoder_embed(x)  # (B, 1 + V, E)
         cls_token, visible = x[:, :1], x[:, 1:]
         num_masked = masking.order.shape[1] - visible.shape[1]
-        masked = self.mask_token.to(x.dtype).expand(len(x), num_masked, -1)
-        patches = gather_tokens(torch.cat([visible, masked], dim=1), masking.ids_restore)
-        x = torch.cat([cls_token, patches], dim=1) + self.decoder_pos_embed  # (B, 1 + L, E)
+        masked = self.mask_token.to(x.dtype).expand(len(x), num_masked, -1)  # (B, L - V, E)
+        x = torch.cat([visible, masked], dim=1)  # (B, L, E), in the random order
+        x = gather_tokens(x, masking.ids_restore)  # (B, L, E), in raster order
+        x = torch.cat([cls_token, x], dim=1) + self.decoder_pos_embed  # (B, 1 + L, E)
         for block in self.decoder_blocks:
-            x = self.run(block, x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+            x = self.run_block(block, x)  # (B, 1 + L, E)
+        x = self.decoder_norm(x)  # (B, 1 + L, E)
+        return self.decoder_pred(x)[:, 1:]  # (B, L, p*p*C)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, masking: Masking) -> Tensor:
         """Mean squared error over the masked patches: pred (B, L, p*p*C) -> scalar."""
@@ -94,10 +72,11 @@ class MAE(MaskedAutoencoder):
         """Loss of imgs (B, C, H, W).
 
         Args:
-            kept_mask_ratio: without effect; this decoder predicts every masked patch.
-            vis: return (loss, pred, target, mask) instead, pred and target (B, L, p*p*C) for all
-                patches, mask (B, L) 1 where the loss is taken.
-            noise: (B, L), orders the patches instead of a random draw; the smallest stay visible.
+            mask_ratio: fraction of the patches that is masked, and predicted.
+            kept_mask_ratio: no effect; this decoder predicts every masked patch.
+            vis: return (loss, pred, target, mask) instead: pred and target (B, L, p*p*C) of all
+                patches; mask (B, L), 1 at masked patches.
+            noise: (B, L), replaces the random draw; patches with the smallest values are visible.
         """
         masking = self.draw_masking(imgs, mask_ratio, mask_ratio, noise)
         pred = self.forward_decoder(self.forward_encoder(imgs, masking), masking)

@@ -1,15 +1,15 @@
 """The classifier that is fine-tuned: a Vision Transformer (arXiv 2010.11929) with a linear head.
 
-Parameter names and outputs equal timm's VisionTransformer. Letters: B images, L patches, D width,
-C channels.
+Parameter names and outputs equal those of timm's VisionTransformer.
+Shapes: B images, L patches, D width, C channels.
 """
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from util.io.errors import UserError
-from util.layers.attention import AttentionBackend
 from util.layers.blocks import LayerNorm
 from util.layers.vit import BASE, HUGE, LARGE, MINI, SMALL, ViTBackbone
 
@@ -22,65 +22,62 @@ class VisionTransformer(ViTBackbone):
     def __init__(
         self,
         global_pool: bool = False,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
         num_classes: int = 1000,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
-        mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
-        drop_path_rate: float = 0.0,
         norm_layer=LayerNorm,
-        attention_backend: AttentionBackend | None = None,
+        **backbone,
     ):
         """
         Args:
             global_pool: classify the mean of the patch tokens (then `fc_norm`) instead of the class
                 token (after `norm`).
             qkv_bias: must be True, as in every published model.
-            drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+            backbone: arguments of ViTBackbone.
         """
         if not qkv_bias:
             raise UserError("qkv_bias=False is not supported: the published models have it.")
         super().__init__(
-            img_size,
-            patch_size,
-            in_chans,
-            embed_dim,
-            depth,
-            num_heads,
-            mlp_ratio,
-            norm_layer,
-            attention_backend,
-            drop_path_rate,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            norm_layer=norm_layer,
+            **backbone,
         )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.global_pool = global_pool
         if global_pool:
             self.fc_norm = norm_layer(embed_dim)
         else:
             self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
-        self.apply(initialize)
+        self.apply(init_linear)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
 
     def init_head(self) -> None:
-        """Start values of the head for a pre-trained encoder, as in the public recipes."""
-        if isinstance(self.head, nn.Sequential):  # of a linear probe
+        """Initialize the head for a pre-trained encoder, as in the published recipes."""
+        if self.is_probe:
             nn.init.trunc_normal_(self.head[1].weight, std=0.01)
         else:
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
+    @property
+    def is_probe(self) -> bool:
+        """Whether the encoder is frozen and the head has a BatchNorm: a linear probe."""
+        return isinstance(self.head, nn.Sequential)
+
     def freeze_for_probe(self) -> None:
-        """Train only the head, with a BatchNorm without weights in front of it (MAE, A.1)."""
+        """Train only the head, behind a BatchNorm without weights (MAE, appendix A.1)."""
         self.requires_grad_(False)
         norm = nn.BatchNorm1d(self.embed_dim, affine=False, eps=1e-6)
         self.head = nn.Sequential(norm, self.head.requires_grad_(True))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed although they have several dimensions."""
+        """Names of parameters without weight decay although they have several dimensions."""
         return {"cls_token", "pos_embed"}
 
     def forward_head(self, x: Tensor) -> Tensor:
@@ -94,8 +91,8 @@ class VisionTransformer(ViTBackbone):
         return self.forward_head(x)
 
 
-def initialize(module: nn.Module) -> None:
-    """Start values of the linear layers, as in timm."""
+def init_linear(module: nn.Module) -> None:
+    """Initialize linear layers as timm does."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

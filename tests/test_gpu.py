@@ -10,7 +10,7 @@ import torch
 
 from tools.reference import reference_loss
 from util.layers.attention import FlashPackageBackend, get_attention_backend
-from util.layers.compile import compile_blocks
+from util.layers.vit import compile_blocks
 from util.optim import NativeScalerWithGradNormCount, build_adamw
 
 pytestmark = [

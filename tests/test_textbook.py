@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tools.reference import reference_loss
-from util.layers.compile import compile_blocks
+from util.layers.vit import compile_blocks
 
 VARIANTS = [
     dict(weight_fm=weight_fm, use_input=use_input, use_fm=use_fm, self_attn=self_attn)

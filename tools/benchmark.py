@@ -41,8 +41,8 @@ from util.distributed import choose_device
 from util.io.checkpoint_file import write_checkpoint
 from util.io.errors import UserError
 from util.layers.attention import get_attention_backend
-from util.layers.compile import compile_blocks
 from util.layers.masking import num_visible_and_predicted
+from util.layers.vit import compile_blocks
 from util.lr_decay import param_groups_weight_decay
 from util.optim import (
     NativeScalerWithGradNormCount,

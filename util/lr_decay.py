@@ -16,33 +16,37 @@ def param_groups_weight_decay(model: nn.Module, weight_decay: float) -> list[dic
     ]
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Layer number of a parameter: 0 embedding, i + 1 for blocks.i, depth + 1 for what follows."""
+def get_layer_id_for_vit(name: str, num_layers: int) -> int:
+    """Layer id of a parameter: 0 for the embedding, i + 1 for blocks.i, num_layers for the rest.
+
+    Args:
+        num_layers: number of blocks + 1.
+    """
     if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
-    return depth + 1
+    return num_layers
 
 
 def param_groups_lrd(
     model: nn.Module, weight_decay: float, no_weight_decay_list=(), layer_decay: float = 0.75
 ) -> list[dict]:
-    """One group per (layer, decayed or not), lr_scale = layer_decay ** (depth + 1 - layer).
+    """One group per (layer, decayed or not), lr_scale = layer_decay ** (num_layers - layer id).
 
     Layer-wise decay of the learning rate as in BEiT (arXiv 2106.08254), section on fine-tuning.
     """
-    depth = len(model.blocks)
+    num_layers = len(model.blocks) + 1
     groups: dict[tuple[int, bool], dict] = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        layer = layer_of(name, depth)
+        layer = get_layer_id_for_vit(name, num_layers)
         decayed = param.ndim > 1 and name not in no_weight_decay_list
         group = groups.setdefault(
             (layer, decayed),
             {
-                "lr_scale": layer_decay ** (depth + 1 - layer),
+                "lr_scale": layer_decay ** (num_layers - layer),
                 "weight_decay": weight_decay if decayed else 0.0,
                 "params": [],
             },

@@ -4,10 +4,10 @@ import math
 
 
 def adjust_learning_rate(optimizer, epoch: float, args) -> float:
-    """Set the rate of every group for this moment and return it (without the groups' lr_scale).
+    """Set the learning rate of every group and return it (before the groups' lr_scale).
 
     Args:
-        epoch: epoch number plus the share of it that is done.
+        epoch: fractional epoch.
         args: lr (peak), min_lr, warmup_epochs, epochs.
     """
     if epoch < args.warmup_epochs:

@@ -1,9 +1,10 @@
-"""Position tables: the fixed 2-D sine-cosine table, and resizing a learned one to another grid.
+"""Position embeddings: the fixed 2-D sine-cosine one, and resizing one to another grid.
 
-Letters: L patches, D width.
+Shapes: L patches, D width.
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +18,43 @@ logger = logging.getLogger(__name__)
 def get_2d_sincos_pos_embed(
     dim: int, grid: int | tuple[int, int], cls_token: bool = False
 ) -> Tensor:
-    """Table (L, dim) for a (rows, columns) grid; with cls_token a zero row comes first.
+    """Sine-cosine embedding (L, dim) of a (rows, columns) grid; cls_token puts a zero row first.
 
-    Each row is [sin(column w), cos(column w), sin(row w), cos(row w)], w_i = 10000^(-i / (dim / 4))
-    ("Attention Is All You Need", arXiv 1706.03762, in two dimensions as in MAE). Steps are one
-    patch, whatever the picture size.
+    The first half of each row encodes the column, the second half the row (as in MAE). The step is
+    one patch at every image size.
 
     Raises:
         UserError: dim does not divide by 4.
     """
     if dim % 4:
-        raise UserError(f"A sine-cosine table needs a width divisible by 4, got {dim}.")
+        raise UserError(
+            f"A sine-cosine position embedding needs a width divisible by 4, got {dim}."
+        )
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [position.reshape(-1, 1) * omega for position in (column, row)]
-    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    if cls_token:
-        table = F.pad(table, (0, 0, 1, 0))
-    return table.float()
+    embed = get_2d_sincos_pos_embed_from_grid(dim, (column, row))
+    return F.pad(embed, (0, 0, 1, 0)) if cls_token else embed
+
+
+def get_2d_sincos_pos_embed_from_grid(dim: int, grid: Sequence[Tensor]) -> Tensor:
+    """Embedding (L, dim) of L positions, given as (columns, rows), L values each."""
+    return torch.cat([get_1d_sincos_pos_embed_from_grid(dim // 2, pos) for pos in grid], dim=1)
+
+
+def get_1d_sincos_pos_embed_from_grid(dim: int, pos: Tensor) -> Tensor:
+    """Embedding (L, dim) of L positions: [sin(pos w), cos(pos w)], w_i = 10000^(-i / (dim / 2)).
+
+    Computed in float64 ("Attention Is All You Need", arXiv 1706.03762).
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angle = pos.reshape(-1, 1) * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
 def resize_pos_embed(
     pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> Tensor:
-    """Resize a table (1, 1 + L, D) bicubically to another grid; the class row is kept."""
+    """Resize (1, 1 + L, D) bicubically to another grid; the class token's row is kept."""
     cls_row, patch_rows = pos_embed[:, :1], pos_embed[:, 1:]
     image = patch_rows.unflatten(1, old_grid).permute(0, 3, 1, 2)
     image = F.interpolate(image.float(), size=new_grid, mode="bicubic", align_corners=False)
@@ -54,22 +67,22 @@ def interpolate_pos_embed(
     """Resize state_dict["pos_embed"] in place to the grid of `model`.
 
     Args:
-        old_grid: (rows, columns) the table was made for; files that do not say are square.
+        old_grid: (rows, columns) of the stored embedding; by default a square.
 
     Raises:
-        UserError: the stored table is not square and old_grid is not given.
+        UserError: the stored grid is not square and old_grid is not given.
     """
     if "pos_embed" not in state_dict:
         return
-    table, new_grid = state_dict["pos_embed"], model.patch_embed.grid_size
-    num_patches = table.shape[1] - 1
+    pos_embed, new_grid = state_dict["pos_embed"], model.patch_embed.grid_size
+    num_patches = pos_embed.shape[1] - 1
     side = round(num_patches**0.5)
     old_grid = old_grid or (side, side)
     if old_grid[0] * old_grid[1] != num_patches:
         raise UserError(
-            f"The checkpoint's position table has {num_patches} rows, which are no {old_grid[0]}x"
-            f"{old_grid[1]} grid; it holds no grid of its own, so it cannot be resized."
+            f"The checkpoint's pos_embed has {num_patches} patches, not a {old_grid[0]}x"
+            f"{old_grid[1]} grid, and the file does not name its grid, so it cannot be resized."
         )
     if tuple(old_grid) != tuple(new_grid):
         logger.info("Position interpolate from %dx%d to %dx%d", *old_grid, *new_grid)
-        state_dict["pos_embed"] = resize_pos_embed(table, tuple(old_grid), tuple(new_grid))
+        state_dict["pos_embed"] = resize_pos_embed(pos_embed, tuple(old_grid), tuple(new_grid))

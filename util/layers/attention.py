@@ -1,7 +1,7 @@
 """Attention, in one place: softmax(q k^T / sqrt(d)) v. The only file that knows the flash-attn
 package.
 
-Letters: B images, N query tokens, M key tokens, H heads, d head width.
+Shapes: B images, N query tokens, M key tokens, H heads, d head width.
 """
 
 import torch
@@ -14,10 +14,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class AttentionBackend:
-    """PyTorch's scaled_dot_product_attention with its own choice of kernel.
+    """PyTorch's scaled_dot_product_attention, which chooses its kernel.
 
-    Projections come packed as the linear layers produce them, so that no copy is made on the way
-    in.
+    Projections stay packed as the linear layers produce them, which saves a copy.
     """
 
     name = "torch scaled_dot_product_attention"
@@ -39,7 +38,7 @@ class AttentionBackend:
 
 
 class FlashKernelBackend(AttentionBackend):
-    """PyTorch's attention with its built-in FlashAttention-2 kernel asked for first."""
+    """PyTorch's attention, preferring its built-in FlashAttention-2 kernel."""
 
     def __init__(self, why_not_package: str):
         self.name = (
@@ -77,12 +76,12 @@ class FlashPackageBackend(AttentionBackend):
 def get_attention_backend(
     flash: bool, device: torch.device, amp_dtype: torch.dtype | None
 ) -> AttentionBackend:
-    """Choose the attention once, at start-up; `.name` says in one line which it is, and why.
+    """Choose the attention backend once, at startup; `.name` says which it is, and why.
 
     Args:
         flash: --enable_flash_attention2 was given.
-        device: where the model runs.
-        amp_dtype: autocast type of the run, or None for float32.
+        device: of the model.
+        amp_dtype: autocast dtype of the run, or None for float32.
     """
     if not flash:
         return AttentionBackend()

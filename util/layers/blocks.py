@@ -1,6 +1,6 @@
 """Transformer blocks of the encoder and of both decoders.
 
-Letters: B images, N query tokens, M key tokens, D width of the block, C width of the context,
+Shapes: B images, N query tokens, M key tokens, D width of the block, C width of the context,
 H heads, d = D / H head width. Parameter names are those of the published checkpoints.
 """
 
@@ -37,13 +37,13 @@ class PatchEmbed(nn.Module):
         """imgs (B, C, H, W) -> (B, L, D), or only the patches ids (B, V) -> (B, V, D).
 
         Raises:
-            UserError: the pictures are not of the size and channels the model was built for.
+            UserError: the images are not of the size and channels the model was built for.
         """
         expected = (self.proj.in_channels, *self.img_size)
         if imgs.shape[1:] != expected:
             raise UserError(
-                f"The model was built for pictures of {expected} (channels, height, width), "
-                f"got {tuple(imgs.shape[1:])}; build it with this size or resize the pictures."
+                f"The model was built for images of {expected} (channels, height, width), "
+                f"got {tuple(imgs.shape[1:])}; build it with this size or resize the images."
             )
         if ids is None:
             return self.proj(imgs).flatten(2).transpose(1, 2)
@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of N queries on a context of M tokens."""
+    """Multi-head attention from N queries to a context of M tokens."""
 
     def __init__(
         self, dim: int, context_dim: int, num_heads: int, attention_backend: AttentionBackend
@@ -99,7 +99,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, norm: nn.Module, context: Tensor, context_norm=None) -> Tensor:
-        """Queries norm(x) (B, N, D) read context_norm(context) (B, M, C) -> (B, N, D)."""
+        """Attend from norm(x) (B, N, D) to context_norm(context) (B, M, C) -> (B, N, D)."""
         q = recompute_then_linear(norm, x, self.q).unflatten(2, (self.num_heads, -1))
         kv = (
             recompute_then_linear(context_norm, context, self.kv)
@@ -136,7 +136,7 @@ class Block(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """CrossMAE decoder block: (self-attention if asked for,) cross-attention to a context, MLP."""
+    """CrossMAE decoder block: optional self-attention, cross-attention to a context, MLP."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, context: Tensor, context_norm: nn.Module | None = None) -> Tensor:
-        """Queries x (B, N, D), context (B, M, C), which context_norm normalises -> (B, N, D)."""
+        """Queries x (B, N, D), context (B, M, C), normalized by context_norm -> (B, N, D)."""
         if self.has_self_attn:
             x = x + self.self_attn(x, self.norm0)
         x = x + self.cross_attn(x, self.norm1, context, context_norm)

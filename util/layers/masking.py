@@ -1,6 +1,6 @@
-"""Random masking: which patches the encoder sees, which the decoder predicts, which are dropped.
+"""Random masking: which patches are visible to the encoder, predicted by the decoder, or skipped.
 
-Letters: B images, L patches, V visible, P predicted, N tokens, D width.
+Shapes: B images, L patches, V visible, P predicted, N tokens, D width.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,9 @@ from util.io.errors import UserError
 
 
 class Masking(NamedTuple):
-    """A random order of the patches: the first V visible, the last P predicted, others dropped."""
+    """A random order of the patches: the first V visible, the last P predicted, others skipped."""
 
-    order: Tensor  # (B, L) patch numbers
+    order: Tensor  # (B, L) patch indices
     num_visible: int
     num_predicted: int
 
@@ -30,19 +30,19 @@ class Masking(NamedTuple):
 
     @property
     def ids_restore(self) -> Tensor:
-        """Place of each patch in the random order (B, L): undoes it."""
+        """Position of each patch in the random order (B, L); undoes the shuffling."""
         return self.order.argsort(dim=1)
 
     @property
     def mask(self) -> Tensor:
-        """(B, L) in raster order: 1 predicted, 0 visible or dropped."""
+        """(B, L) in raster order: 1 predicted, 0 visible or skipped."""
         return torch.zeros(self.order.shape, device=self.order.device).scatter_(1, self.ids_pred, 1)
 
 
 def num_visible_and_predicted(
     num_patches: int, mask_ratio: float, kept_mask_ratio: float
 ) -> tuple[int, int]:
-    """(V, P) of L patches, rounded as the published code does: the double product cut to an int.
+    """(V, P) of L patches, rounded as in the published code: float64 products cut to integers.
 
     Raises:
         UserError: a ratio is outside (0, 1), kept_mask_ratio exceeds mask_ratio, or nothing would
@@ -50,7 +50,7 @@ def num_visible_and_predicted(
     """
     for name, ratio in (("mask_ratio", mask_ratio), ("kept_mask_ratio", kept_mask_ratio)):
         if not 0 < ratio < 1:
-            raise UserError(f"{name} is {ratio}; it must lie between 0 and 1, both excluded.")
+            raise UserError(f"{name} is {ratio}; it must be between 0 and 1, exclusive.")
     if kept_mask_ratio > mask_ratio:
         raise UserError(
             f"kept_mask_ratio {kept_mask_ratio} exceeds mask_ratio {mask_ratio}; "

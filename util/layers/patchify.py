@@ -1,6 +1,6 @@
-"""Pictures as rows of patches and back.
+"""Images to patches and back.
 
-Letters: B images, C channels, L patches on a (rows, columns) grid, M chosen patches, p patch size.
+Shapes: B images, C channels, L patches on a (rows, columns) grid, M selected patches, p patch size.
 Inside a patch the order is row, column, channel (channel fastest), as in the published checkpoints.
 """
 
@@ -27,13 +27,13 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def gather_patches(imgs: Tensor, ids: Tensor, patch_size: int) -> Tensor:
-    """Cut out chosen patches only: imgs (B, C, H, W), ids (B, M) -> (B, M, C, p, p)."""
+    """Select patches: imgs (B, C, H, W), ids (B, M) -> (B, M, C, p, p)."""
     grid = view_patches(imgs, patch_size)
     image = torch.arange(len(imgs), device=imgs.device).unsqueeze(1)
     return grid[image, ids // grid.shape[2], ids % grid.shape[2]]
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Patches (..., pixels) to mean 0 and unbiased variance 1: the target of --norm_pix_loss."""
+    """Patches (..., pixels) with mean 0 and unbiased variance 1: the target of norm_pix_loss."""
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean).div_((var + 1e-6).sqrt())

@@ -1,7 +1,7 @@
-"""What MAE, CrossMAE and the classifier share: the Vision Transformer trunk, and the sizes.
+"""What MAE, CrossMAE and the classifier share: the Vision Transformer backbone, and the sizes.
 
 Vision Transformer: arXiv 2010.11929. Masked autoencoders: arXiv 2111.06377.
-Letters: B images, L patches, V visible, P predicted, N tokens, D encoder width, E decoder width,
+Shapes: B images, L patches, V visible, P predicted, N tokens, D encoder width, E decoder width,
 C channels, p patch size.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.layers.attention import AttentionBackend
-from util.layers.blocks import Block, LayerNorm, PatchEmbed
+from util.layers.blocks import Block, CrossAttentionBlock, LayerNorm, PatchEmbed
 from util.layers.masking import Masking, num_visible_and_predicted, random_masking
 from util.layers.patchify import gather_patches, normalize_patches, patchify, unpatchify
 from util.pos_embed import get_2d_sincos_pos_embed
@@ -23,7 +23,7 @@ SMALL = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
 BASE = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
 LARGE = dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16)
 HUGE = dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16)
-MINI = dict(patch_size=4, embed_dim=128, depth=6, num_heads=4)  # for 32-pixel pictures
+MINI = dict(patch_size=4, embed_dim=128, depth=6, num_heads=4)  # for 32-pixel images
 
 MAE_SMALL = dict(SMALL, decoder_embed_dim=256, decoder_num_heads=8, norm_layer=LayerNorm)
 MAE_BASE = dict(BASE, decoder_embed_dim=512, decoder_num_heads=16, norm_layer=LayerNorm)
@@ -33,7 +33,7 @@ MAE_MINI = dict(MINI, decoder_embed_dim=64, decoder_num_heads=4, norm_layer=Laye
 
 
 class Features(NamedTuple):
-    """What an encoder makes of whole pictures."""
+    """Encoder output for whole images."""
 
     cls: Tensor  # (B, D)
     patches: Tensor  # (B, L, D), raster order
@@ -45,60 +45,70 @@ class Features(NamedTuple):
 
 
 class ViTBackbone(nn.Module):
-    """Patch embedding, class token, positions and encoder blocks."""
+    """Patch embedding and encoder blocks; subclasses add `cls_token` and `pos_embed`.
+
+    They do so themselves because the published checkpoints differ in the order of these tensors.
+    """
 
     kind: str  # "mae", "crossmae" or "classifier"
     grad_checkpointing = False  # keep only block inputs and run each block again in backward
+    has_unused_blocks = False  # whether the last encoder blocks get no gradient
 
     def __init__(
         self,
-        img_size: int | tuple[int, int],
-        patch_size: int,
-        in_chans: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        norm_layer,
-        attention_backend: AttentionBackend | None,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
+        norm_layer=nn.LayerNorm,
+        attention_backend: AttentionBackend | None = None,
     ):
+        """
+        Args:
+            img_size: side of the images, or their height and width.
+            drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        """
         super().__init__()
-        self.attention_backend = attention_backend or AttentionBackend()
         self.embed_dim = embed_dim
-        patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patch_embed.num_patches, embed_dim))
-        self.patch_embed = patch_embed
+        self.norm_layer = norm_layer
+        self.block_options = dict(
+            mlp_ratio=mlp_ratio,
+            norm_layer=norm_layer,
+            attention_backend=attention_backend or AttentionBackend(),
+        )
+        self.patch_embed = PatchEmbed(to_2tuple(img_size), patch_size, in_chans, embed_dim)
         drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, self.attention_backend, norm_layer, drop_path[i])
-            for i in range(depth)
+            Block(embed_dim, num_heads, drop_path=rate, **self.block_options) for rate in drop_path
         )
 
     def embed(self, imgs: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Class token, then patches with positions: all (B, 1 + L, D), or those of ids (B, V)."""
-        positions = self.pos_embed[:, 1:] if ids is None else self.pos_embed[0, 1:][ids]
-        x = self.patch_embed(imgs, ids) + positions
+        """Class token, then embedded patches: all (B, 1 + L, D), or those of ids (B, V)."""
+        pos_embed = self.pos_embed[:, 1:] if ids is None else self.pos_embed[0, 1:][ids]
+        x = self.patch_embed(imgs, ids) + pos_embed
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
-    def run_blocks(self, x: Tensor, number: int | None = None) -> Iterator[Tensor]:
-        """Output of each encoder block in turn, (B, N, D); of the first `number` of them."""
-        for block in self.blocks[:number]:
-            x = self.run(block, x)
+    def run_blocks(self, x: Tensor, num_blocks: int | None = None) -> Iterator[Tensor]:
+        """Output (B, N, D) of each encoder block in turn; of the first num_blocks only."""
+        for block in self.blocks[:num_blocks]:
+            x = self.run_block(block, x)
             yield x
 
-    def run(self, block: nn.Module, *inputs) -> Tensor:
+    def run_block(self, block: nn.Module, *inputs) -> Tensor:
         """block(*inputs), through activation checkpointing if that is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def forward_features(self, imgs: Tensor) -> Features:
-        """Features of whole pictures, nothing masked: imgs (B, C, H, W).
+        """Features of whole images, nothing masked: imgs (B, C, H, W).
 
-        The outputs of the last block, through `norm` where the model has one.
+        The output of the last block, normalized where the model has a `norm`.
         """
         *_, x = self.run_blocks(self.embed(imgs))
         x = getattr(self, "norm", nn.Identity())(x)
@@ -106,32 +116,36 @@ class ViTBackbone(nn.Module):
 
 
 class MaskedAutoencoder(ViTBackbone):
-    """What both pre-training models share: fixed position tables, mask token, pixel target, start
-    values.
+    """What both pre-training models share: fixed position embeddings, masking, pixel target.
 
-    A subclass builds its decoder blocks, then calls `add_prediction_head`.
+    A subclass adds its tokens and decoder blocks, then calls `add_prediction_head`.
     """
 
-    def __init__(self, *, decoder_embed_dim: int, norm_pix_loss: bool, **backbone):
+    def __init__(self, decoder_embed_dim: int = 512, norm_pix_loss: bool = False, **backbone):
         """
         Args:
-            backbone: what ViTBackbone takes.
+            norm_pix_loss: predict pixels normalized within each patch.
+            backbone: arguments of ViTBackbone.
         """
         super().__init__(**backbone)
+        self.decoder_embed_dim = decoder_embed_dim
         self.norm_pix_loss = norm_pix_loss
-        grid = self.patch_embed.grid_size
-        table = get_2d_sincos_pos_embed(self.embed_dim, grid, cls_token=True)
-        decoder_table = get_2d_sincos_pos_embed(decoder_embed_dim, grid, cls_token=True)
-        self.pos_embed = nn.Parameter(table.unsqueeze(0), requires_grad=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(decoder_table.unsqueeze(0), requires_grad=False)
 
-    def add_prediction_head(self, decoder_embed_dim: int, norm_layer) -> None:
-        """Last layers of the decoder; then the start values of the whole model."""
+    def new_token(self, dim: int) -> nn.Parameter:
+        """A token (1, 1, dim), filled by `add_prediction_head`."""
+        return nn.Parameter(torch.zeros(1, 1, dim))
+
+    def new_pos_embed(self, dim: int) -> nn.Parameter:
+        """Fixed sine-cosine position embedding (1, 1 + L, dim), zero for the class token."""
+        pos_embed = get_2d_sincos_pos_embed(dim, self.patch_embed.grid_size, cls_token=True)
+        return nn.Parameter(pos_embed.unsqueeze(0), requires_grad=False)
+
+    def add_prediction_head(self) -> None:
+        """Last layers of the decoder; then initialize the whole model."""
         patch_pixels = self.patch_embed.patch_size**2 * self.patch_embed.proj.in_channels
-        self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_pixels)
-        self.apply(initialize)
+        self.decoder_norm = self.norm_layer(self.decoder_embed_dim)
+        self.decoder_pred = nn.Linear(self.decoder_embed_dim, patch_pixels)
+        self.apply(init_linear)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -139,7 +153,7 @@ class MaskedAutoencoder(ViTBackbone):
     def draw_masking(
         self, imgs: Tensor, mask_ratio: float, kept_mask_ratio: float, noise: Tensor | None
     ) -> Masking:
-        """Random masking of these pictures; noise (B, L) replaces the random draw."""
+        """Random masking of these images; noise (B, L) replaces the random draw."""
         num_patches = self.patch_embed.num_patches
         counts = num_visible_and_predicted(num_patches, mask_ratio, kept_mask_ratio)
         if noise is None:
@@ -147,7 +161,7 @@ class MaskedAutoencoder(ViTBackbone):
         return random_masking(noise, *counts)
 
     def pixel_target(self, imgs: Tensor, ids_pred: Tensor) -> Tensor:
-        """What the decoder should predict at ids_pred (B, P), in float32: (B, P, p*p*C)."""
+        """Pixels to predict at ids_pred (B, P), in float32: (B, P, p*p*C)."""
         target = gather_patches(imgs, ids_pred, self.patch_embed.patch_size)  # (B, P, C, p, p)
         target = target.permute(0, 1, 3, 4, 2).flatten(2).float()
         return normalize_patches(target) if self.norm_pix_loss else target
@@ -161,9 +175,19 @@ class MaskedAutoencoder(ViTBackbone):
         return unpatchify(patches, self.patch_embed.patch_size, self.patch_embed.grid_size)
 
 
-def initialize(module: nn.Module) -> None:
-    """Start values of the pre-training models: Xavier uniform weights, zero biases."""
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases of linear layers, as in the published models."""
     if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)  # fused projections count as one matrix
+        nn.init.xavier_uniform_(module.weight)  # a fused projection counts as one matrix
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def compile_blocks(model: nn.Module, **options) -> None:
+    """torch.compile every transformer block in place; options go to torch.compile.
+
+    Blocks of one kind share one compiled program, and names in the state dict stay the same.
+    """
+    for module in model.modules():
+        if isinstance(module, Block | CrossAttentionBlock):
+            module.compile(**options)
