@@ -29,29 +29,30 @@ def train_one_epoch(
     args=None,
     state=None,
 ) -> dict[str, float]:
-    """Train on one epoch of (imgs, labels) batches, imgs (B, C, H, W), labels (B,).
+    """Train for one epoch of (imgs, labels) batches, imgs (B, C, H, W), labels (B,).
 
-    A last group of batches smaller than accum_iter changes nothing: its gradients are dropped.
+    Batches left over by accum_iter change nothing: their gradients are dropped.
 
     Args:
-        criterion: loss of logits and labels, or of logits and class shares where mixup_fn is given.
+        criterion: loss of logits and labels, or of logits and soft targets with mixup_fn.
+        loss_scaler: util.optim.NativeScalerWithGradNormCount; it also holds the autocast dtype.
         max_norm: largest gradient norm, or None.
-        args: lr, min_lr, warmup_epochs, epochs, accum_iter; optional amp, skip_nonfinite.
-        state: where in the epoch to begin, what to do after an update (util.run.state.RunState).
+        args: lr, min_lr, warmup_epochs, epochs, accum_iter; optional skip_nonfinite.
+        state: util.run.state.RunState: where the epoch starts; saves, and may stop the run.
 
     Returns:
         Mean of every meter over the epoch: lr (of the fastest group), loss, grad_norm.
 
     Raises:
-        NonFiniteLoss: on every process, once more steps than skip_nonfinite were not finite.
+        NonFiniteLoss: on every rank, once more steps than skip_nonfinite were not finite.
+        Interrupted: on every rank, after saving, once any rank got a stop signal.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    amp_dtype = choose_amp_dtype(getattr(args, "amp", "auto"), device)
     log = TrainLog(epoch, data_loader, "loss", log_writer, loss_scaler, args, state)
 
     for it, (imgs, labels) in log.iterate():
-        updates = (it + 1) % args.accum_iter == 0
+        is_step = (it + 1) % args.accum_iter == 0
         if it % args.accum_iter == 0:
             adjust_learning_rate(optimizer, it / len(data_loader) + epoch, args)
         imgs = imgs.to(device, non_blocking=True)
@@ -59,29 +60,35 @@ def train_one_epoch(
         if mixup_fn is not None:
             imgs, labels = mixup_fn(imgs, labels)
 
-        with sync_gradients(model, updates):
-            with autocast(device, amp_dtype):
+        with sync_gradients(model, is_step):
+            with autocast(device, loss_scaler.amp_dtype):
                 logits = model(imgs)
             loss = criterion(logits.float(), labels)
-            loss_part = loss / args.accum_iter
-            grad_norm = loss_scaler(loss_part, optimizer, max_norm, update_grad=updates)
-        if updates:
-            optimizer.zero_grad(set_to_none=True)
+            grad_norm = loss_scaler(
+                loss / args.accum_iter, optimizer, max_norm, update_grad=is_step
+            )
         log.add(it, optimizer, loss, grad_norm)
+        if is_step:
+            optimizer.zero_grad(set_to_none=True)
+            if state is not None:
+                state.after_step(it + 1, log)
     return log.finish()
 
 
 @torch.inference_mode()
-def evaluate(data_loader, model, device, amp: str = "auto") -> dict[str, float]:
-    """Accuracy and loss over (imgs, labels) batches; each process may hold another part of the
-    images.
+def evaluate(data_loader, model, device, amp_dtype="auto") -> dict[str, float]:
+    """Accuracy and loss over (imgs, labels) batches; each rank may hold a part of the images.
+
+    Args:
+        amp_dtype: autocast dtype, None for float32.
 
     Returns:
-        acc1 and acc5 in percent and loss (cross entropy), means over images: they depend neither on
-        the batch size nor on the number of processes.
+        acc1 and acc5 in percent and loss (cross entropy): means over images, which depend neither
+        on the batch size nor on the world size.
     """
     model.eval()
-    amp_dtype = choose_amp_dtype(amp, device)
+    if amp_dtype == "auto":
+        amp_dtype = choose_amp_dtype("auto", device)
     metric_logger = MetricLogger()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
     for _, (imgs, labels) in metric_logger.log_every(data_loader, 10, "Test:"):
@@ -101,7 +108,7 @@ def evaluate(data_loader, model, device, amp: str = "auto") -> dict[str, float]:
 
 
 def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Float64 sums of a batch, logits (B, classes): loss, correct at 1, correct at 5, images."""
+    """Float64 sums over a batch, logits (B, classes): loss, top-1 and top-5 correct, images."""
     loss = F.cross_entropy(logits, labels, reduction="sum")
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     correct = best == labels.unsqueeze(1)

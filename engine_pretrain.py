@@ -2,7 +2,7 @@
 
 from util.distributed import sync_gradients
 from util.lr_sched import adjust_learning_rate
-from util.optim import autocast, choose_amp_dtype
+from util.optim import autocast
 from util.run.train_log import TrainLog
 
 
@@ -17,39 +17,43 @@ def train_one_epoch(
     args=None,
     state=None,
 ) -> dict[str, float]:
-    """Train on one epoch of (imgs, anything) batches, imgs (B, C, H, W).
+    """Train for one epoch of (imgs, anything) batches, imgs (B, C, H, W).
 
-    A last group of batches smaller than accum_iter changes nothing: its gradients are dropped.
+    Batches left over by accum_iter change nothing: their gradients are dropped.
 
     Args:
+        loss_scaler: util.optim.NativeScalerWithGradNormCount; it also holds the autocast dtype.
         args: lr, min_lr, warmup_epochs, epochs, accum_iter, mask_ratio, kept_mask_ratio; optional
-            amp, clip_grad, skip_nonfinite.
-        state: where in the epoch to begin, what to do after an update (util.run.state.RunState).
+            clip_grad, skip_nonfinite.
+        state: util.run.state.RunState: where the epoch starts; saves, and may stop the run.
 
     Returns:
         Mean of every meter over the epoch: lr, loss, grad_norm.
 
     Raises:
-        NonFiniteLoss: on every process, once more steps than skip_nonfinite were not finite.
+        NonFiniteLoss: on every rank, once more steps than skip_nonfinite were not finite.
+        Interrupted: on every rank, after saving, once any rank got a stop signal.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    amp_dtype = choose_amp_dtype(getattr(args, "amp", "auto"), device)
     clip_grad = getattr(args, "clip_grad", None)
     log = TrainLog(epoch, data_loader, "train_loss", log_writer, loss_scaler, args, state)
 
     for it, (imgs, _) in log.iterate():
-        updates = (it + 1) % args.accum_iter == 0
+        is_step = (it + 1) % args.accum_iter == 0
         if it % args.accum_iter == 0:
             adjust_learning_rate(optimizer, it / len(data_loader) + epoch, args)
         imgs = imgs.to(device, non_blocking=True)
 
-        with sync_gradients(model, updates):
-            with autocast(device, amp_dtype):
+        with sync_gradients(model, is_step):
+            with autocast(device, loss_scaler.amp_dtype):
                 loss = model(imgs, mask_ratio=args.mask_ratio, kept_mask_ratio=args.kept_mask_ratio)
-            loss_part = loss / args.accum_iter
-            grad_norm = loss_scaler(loss_part, optimizer, clip_grad, update_grad=updates)
-        if updates:
-            optimizer.zero_grad(set_to_none=True)
+            grad_norm = loss_scaler(
+                loss / args.accum_iter, optimizer, clip_grad, update_grad=is_step
+            )
         log.add(it, optimizer, loss, grad_norm)
+        if is_step:
+            optimizer.zero_grad(set_to_none=True)
+            if state is not None:
+                state.after_step(it + 1, log)
     return log.finish()

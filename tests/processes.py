@@ -421,7 +421,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     import main_finetune  # noqa: F401
     import main_pretrain  # noqa: F401
-    from util.run import launch as run
+    from util.run.launch import launch
 
     main = become(serve())
-    run.run(main.main, main.get_args_parser().parse_args())
+    launch(main.main, main.get_args_parser().parse_args())

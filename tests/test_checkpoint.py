@@ -21,7 +21,7 @@ import pytest
 import torch
 from processes import ROOT
 
-from util.checkpoint import load_encoder, load_matching, load_strict
+from util.checkpoint import init_from, load_encoder, load_strict
 from util.io import download
 from util.io.checkpoint_file import (
     checkpoint_type,
@@ -166,15 +166,18 @@ DAMAGED = {
     "flipped byte of a tensor": (lambda p: flip(p, p.stat().st_size // 2), "is damaged"),
     "cut to 0": (lambda p: p.write_bytes(b""), "(0 bytes) is no"),
     "cut to 10 bytes": (lambda p: p.write_bytes(p.read_bytes()[:10]), "(10 bytes) is no"),
-    "cut in half": (lambda p: p.write_bytes(p.read_bytes()[:20_000]), "is no complete checkpoint"),
-    "last bytes missing": (lambda p: p.write_bytes(p.read_bytes()[:-30]), "is no complete"),
+    "cut in half": (
+        lambda p: p.write_bytes(p.read_bytes()[:20_000]),
+        "is not a complete checkpoint",
+    ),
+    "last bytes missing": (lambda p: p.write_bytes(p.read_bytes()[:-30]), "is not a complete"),
     "web page": (lambda p: p.write_text("<!DOCTYPE html><html>sign in</html>"), "is a web page"),
     "web page, blanks": (lambda p: p.write_text("\n\n  <html lang='en'>"), "is a web page"),
     "text": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1"), "is no"),
-    "picture": (lambda p: p.write_bytes(b"\xff\xd8\xff\xe0" + bytes(500)), "is no checkpoint"),
+    "picture": (lambda p: p.write_bytes(b"\xff\xd8\xff\xe0" + bytes(500)), "is not a checkpoint"),
     "zip of something else": (
         lambda p: zipfile.ZipFile(p, "w").writestr("a.txt", "hello"),
-        "is no complete checkpoint",
+        "is not a complete checkpoint",
     ),
     "zip bomb": (
         lambda p: zipfile.ZipFile(p, "w", zipfile.ZIP_DEFLATED).writestr("a", bytes(10**7)),
@@ -245,8 +248,16 @@ def test_kinds(files):
 
 
 WRONG = {  # model that is to be filled, file, words of the sentence
-    "fine-tuned wanted": ("vit", "cross", "kind 'pre-training', one of kind 'fine-tuned'.*--finet"),
-    "pre-training wanted": ("cross", "vit", "kind 'fine-tuned', one of kind 'pre-.*--init_from"),
+    "fine-tuned wanted": (
+        "vit",
+        "cross",
+        "is a pre-training checkpoint, a fine-tuned one is needed.*--finet",
+    ),
+    "pre-training wanted": (
+        "cross",
+        "vit",
+        "is a fine-tuned checkpoint, a pre-training one is.*--init_from",
+    ),
     "other decoder": ("cross", "mae", "fits another model"),
 }
 
@@ -270,7 +281,7 @@ def test_other_size(change, files, tiny_vit, tiny_cross):
     weights = weights_of(read_checkpoint(files["cross"]))
     for build, load in (
         (tiny_vit, lambda model: load_encoder(model, dict(weights))),
-        (tiny_cross, lambda model: load_matching(model, str(files["cross"]))),
+        (tiny_cross, lambda model: init_from(model, str(files["cross"]))),
         (tiny_cross, lambda model: load_strict(model, weights, "file")),
     ):
         model = build(seed=9, **change)
@@ -312,7 +323,7 @@ def test_args_keep_plain_values_only(tmp_path, caplog):
     vars(args)[5] = "number as name"
     torch.save({"model": {}, "args": args}, path)
     assert read_checkpoint(path)["args"] == {"lr": 0.1, "size": (1, 2)}
-    assert caplog.text.count("left out") == 3
+    assert caplog.text.count("skipped") == 3
     torch.save({"model": {}, "args": [1]}, path)
     assert read_checkpoint(path)["args"] == {}
 
@@ -454,7 +465,7 @@ def test_certificate_is_checked(site, monkeypatch):
 def test_hostile_download(site, tmp_path):
     folder, address = site
     torch.save(Payload(tmp_path / "it-ran"), folder / "evil.pth")
-    with pytest.raises(CheckpointError, match="asks for code to be run"):
+    with pytest.raises(CheckpointError, match="would run code"):
         read_checkpoint(f"{address}/evil.pth")
     assert not (tmp_path / "it-ran").exists()
 
@@ -505,6 +516,6 @@ for address in ("hf://own/repo/evil.pth", "hf://own/repo/none.pth"):
     )
     server.shutdown()
     first, second = [line for line in result.stdout.splitlines() if line.startswith("refused")]
-    assert "asks for code to be run" in first, result.stderr
-    assert "Could not get hf://own/repo/none.pth (" in second
+    assert "would run code" in first, result.stderr
+    assert "Could not download hf://own/repo/none.pth (" in second
     assert not (tmp_path / "it-ran").exists()

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_finetune
 import main_pretrain
-from util.run import launch as run
+from util.run.launch import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--input_size 32 --batch_size 2 --epochs 2 --warmup_epochs 1 --num_workers 1".split()
@@ -127,7 +127,7 @@ WRONG = {
     "does not divide by patch size 4": [main_pretrain, *PRETRAIN, *CROSS, "--input_size", "30"],
     "There is no checkpoint file": [main_pretrain, *PRETRAIN, *CROSS, "--resume", "nowhere.pth"],
     "no checkpoint file": [main_finetune, *FINETUNE, "--finetune", "nowhere.pth"],
-    "belongs to CrossMAE": [main_pretrain, *PRETRAIN, "--weight_fm"],
+    "is for CrossMAE": [main_pretrain, *PRETRAIN, "--weight_fm"],
     "need a fine-tuned checkpoint": [main_finetune, *FINETUNE, "--eval"],
     "--nb_classes is 7": [main_finetune, *FINETUNE, "--nb_classes", "7"],
     "must be even": [main_finetune, *FINETUNE, "--mixup", "1", "--batch_size", "3"],
@@ -142,16 +142,16 @@ WRONG = {
     "--layer_decay is 7.0": [main_finetune, *FINETUNE, "--layer_decay", "7"],
     "--seed is -1": [main_pretrain, *PRETRAIN, "--seed", "-1"],
     "--input_size is 0": [main_pretrain, *PRETRAIN, "--input_size", "0"],
-    "--log_images draws on": [main_pretrain, *PRETRAIN, "--log_images", "2", "--output_dir", ""],
+    "--log_images logs to": [main_pretrain, *PRETRAIN, "--log_images", "2", "--output_dir", ""],
     "Not started by mpirun": [main_pretrain, *PRETRAIN, "--dist_on_itp"],
-    "--aa foo is no policy": [main_finetune, *FINETUNE, "--aa", "foo"],
+    "--aa foo is not a policy": [main_finetune, *FINETUNE, "--aa", "foo"],
     "give one of them": [main_finetune, *FINETUNE, "--eval", "--predict", "x", "--resume", "y"],
     "--clip_grad is 0.0": [main_finetune, *FINETUNE, "--clip_grad", "0"],
     "--keep_last needs": [main_finetune, *FINETUNE, "--keep_last", "2"],
     "has nowhere to save": [main_pretrain, *PRETRAIN, "--save_every_minutes", "5", *NO_OUTPUT],
-    "the least first": [main_finetune, *FINETUNE, "--cutmix_minmax", "0.8", "0.2"],
-    "--mixup and --cutmix are": [main_finetune, *FINETUNE, "--mixup", "-1"],
-    "has BatchNorm": [
+    "the smaller one first": [main_finetune, *FINETUNE, "--cutmix_minmax", "0.8", "0.2"],
+    "--mixup is -1.0; it must be at least 0": [main_finetune, *FINETUNE, "--mixup", "-1"],
+    "uses BatchNorm": [
         *(main_finetune, *FINETUNE, "--linear_probe", "--finetune", "x", "--batch_size", "1"),
         *("--drop_path", "0"),
     ],
@@ -165,7 +165,7 @@ def test_wrong_flags_end_in_one_sentence(sentence, image_folder, tmp_path, capsy
     where = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "out")]
     args = main.get_args_parser().parse_args([*where, *flags])
     with pytest.raises(SystemExit) as stop:
-        run.run(main.main, args)
+        launch(main.main, args)
     assert stop.value.code == 1
     errors = [line for line in capsys.readouterr().out.splitlines() if "Error: " in line]
     assert len(errors) == 1 and sentence in errors[0]
@@ -176,7 +176,7 @@ def test_an_output_folder_that_is_a_file(image_folder, tmp_path, capsys):
     where = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "file")]
     args = main_pretrain.get_args_parser().parse_args([*PRETRAIN, *CROSS, *where])
     with pytest.raises(SystemExit):
-        run.run(main_pretrain.main, args)
+        launch(main_pretrain.main, args)
     assert "Cannot write to the output folder" in capsys.readouterr().out
 
 
@@ -184,7 +184,7 @@ def test_a_pretrained_file_is_not_evaluated(finished, image_folder, capsys):
     folder, _ = finished
     flags = ["--eval", "--resume", f"{folder}/pre/checkpoint.pth", "--data_path", str(image_folder)]
     with pytest.raises(SystemExit):
-        run.run(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
+        launch(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
     assert "give it to --finetune instead of --resume" in capsys.readouterr().out
 
 
@@ -192,8 +192,8 @@ def test_a_pretrained_file_predicts_nothing(finished, image_folder, capsys):
     folder, _ = finished
     flags = ["--predict", str(image_folder), "--resume", f"{folder}/pre/checkpoint.pth"]
     with pytest.raises(SystemExit):
-        run.run(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
-    assert "--predict needs one that was fine-tuned" in capsys.readouterr().out
+        launch(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
+    assert "--predict needs a fine-tuned one" in capsys.readouterr().out
 
 
 def test_the_flag_that_differs_is_named(finished, image_folder, capsys):
@@ -202,7 +202,7 @@ def test_the_flag_that_differs_is_named(finished, image_folder, capsys):
     flags = ["--eval", "--resume", f"{folder}/fine/checkpoint.pth", "--data_path"]
     flags += [str(image_folder), "--input_size", "64"]
     with pytest.raises(SystemExit):
-        run.run(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
+        launch(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
     assert "it was trained with --input_size 32: use the same" in capsys.readouterr().out
 
 
@@ -211,12 +211,12 @@ def test_a_fresh_run_lays_the_log_of_another_aside(image_folder, tmp_path, capsy
     where = ["--data_path", str(image_folder), "--output_dir", str(tmp_path)]
     flags = [*PRETRAIN, *CROSS, *where]
     for more in ([], [], ["--resume", "auto"]):
-        run.run(main_pretrain.main, main_pretrain.get_args_parser().parse_args([*flags, *more]))
+        launch(main_pretrain.main, main_pretrain.get_args_parser().parse_args([*flags, *more]))
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()]
     (aside,) = tmp_path.glob("log-until-*.txt")
     assert epochs == [json.loads(line)["epoch"] for line in aside.open()] == [0, 1]
     out = capsys.readouterr().out
-    assert "The log of the run before this one is" in out
+    assert "The log of the previous run is now" in out
     assert "Nothing to do" in out.splitlines()[-2]
 
 

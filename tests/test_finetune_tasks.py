@@ -7,6 +7,7 @@ import torch
 
 import main_finetune
 import main_pretrain
+from util.checkpoint import load_pretrained
 from util.io.checkpoint_file import read_checkpoint
 from util.layers.attention import AttentionBackend
 from util.run.launch import start_logging
@@ -29,16 +30,16 @@ def runs(tmp_path_factory, image_folder):
 
 
 def test_a_fine_tuned_file_gives_its_encoder_and_not_its_head(runs, image_folder, caplog):
-    """--finetune starts a fresh head also where the file has one that would fit, and says so."""
+    """--finetune initializes a new head even where the one in the file would fit, and says so."""
     flags = [*MODEL, "--data_path", str(image_folder), "--finetune", f"{runs}/fine/checkpoint.pth"]
     args = main_finetune.parse_args([*flags, "--epochs", "1", "--output_dir", ""])
     args.nb_classes = 2
     caplog.set_level("INFO")
     model = main_finetune.build_classifier(args, AttentionBackend())
-    main_finetune.start_from_pretrained(model, args.finetune)
+    load_pretrained(model, args.finetune)
     trained = read_checkpoint(runs / "fine/checkpoint.pth")["model"]
     assert "Removing key head.weight" in caplog.text
-    assert "fresh: head.weight, head.bias" in caplog.text
+    assert "newly initialized: head.weight, head.bias" in caplog.text
     assert not torch.equal(model.head.weight, trained["head.weight"])
     assert torch.equal(model.fc_norm.weight, trained["fc_norm.weight"])
 
@@ -101,7 +102,7 @@ def test_a_table_that_is_not_of_the_noted_size(tiny_mae, tiny_vit, tmp_path):
     weights = {"model": tiny_mae().state_dict(), "args": {"input_size": 448}}
     torch.save(weights, tmp_path / "mae.pth")
     model = tiny_vit()
-    main_finetune.start_from_pretrained(model, str(tmp_path / "mae.pth"))
+    load_pretrained(model, str(tmp_path / "mae.pth"))
     assert model.pos_embed.equal(weights["model"]["pos_embed"])
 
 

@@ -20,7 +20,8 @@ import main_finetune
 import main_pretrain
 from util.datasets import build_dataset, build_pretrain_dataset, find_pictures
 from util.io.errors import BadImage
-from util.run import launch as run
+from util.run.checks import set_mean_std
+from util.run.launch import launch
 
 TINY = (
     "--patch_size 16 --input_size 32 --batch_size 2 --epochs 1 --warmup_epochs 0 --num_workers 0 "
@@ -182,6 +183,7 @@ def test_colour_augmentation_is_not_for_arrays(tmp_path):
     np.save(tmp_path / "train/a/0.npy", np.zeros((8, 8, 3), np.uint8))
     args = main_finetune.get_args_parser().parse_args(["--data_path", str(tmp_path)])
     main_finetune.check_args(args)
+    set_mean_std(args)
     with pytest.raises(ValueError, match="--aa and --color_jitter work on 8-bit pictures"):
         build_dataset(True, args)
 
@@ -284,7 +286,7 @@ def test_fine_tuning_says_what_is_wrong(arrange, flags, sentence, capsys, tmp_pa
 def assert_one_sentence(main, args, sentence: str, capsys) -> None:
     """A run with these arguments ends with status 1 and this error, without a traceback."""
     with pytest.raises(SystemExit) as stop:
-        run.run(main, args)
+        launch(main, args)
     text = capsys.readouterr().out
     assert stop.value.code == 1
     errors = [line for line in text.splitlines() if "Error:" in line]

@@ -9,8 +9,10 @@ from processes import OFTEN, STEPS, read_steps, undisturbed, wait_until
 
 from util.io.checkpoint_file import read_checkpoint
 from util.optim import NativeScalerWithGradNormCount
+from util.rng import get_random_state
 from util.run import signals
-from util.run.state import RunState, clean_output_dir, get_random_state, remove_old
+from util.run.output_dir import clean_output_dir, remove_old_checkpoints
+from util.run.state import RunState
 
 CASES = {  # script, processes, loader processes of the run that is killed
     "pretrain": ("main_pretrain", 1, 0),
@@ -68,9 +70,13 @@ def test_without_saves_inside_the_epoch(tmp_path):
 
 
 CHANGES = {  # what is changed, its flag, in mid-epoch or at its end, the sentence
-    "batch, mid-epoch": ("--batch_size", STEPS + 2, "batch_size 8 -> 4: epoch 1, which was begun"),
+    "batch, mid-epoch": (
+        "--batch_size",
+        STEPS + 2,
+        "batch_size 8 -> 4: the interrupted epoch 1 starts over",
+    ),
     "batch, between epochs": ("--batch_size", 2 * STEPS, "batch_size 8 -> 4: the order of images"),
-    "processes, mid-epoch": ("size", STEPS + 2, "epoch 1, which was begun, starts over"),
+    "processes, mid-epoch": ("size", STEPS + 2, "the interrupted epoch 1 starts over"),
     "processes, between epochs": ("size", 2 * STEPS, "batch_size 8 -> 4: the order of images"),
 }
 
@@ -117,7 +123,7 @@ def test_first_start_says_so(tmp_path):
     )
     (run,) = case.start(tmp_path)
     assert run.wait() == 0
-    assert "Passed over" in run.text() and "starting fresh" in run.text()
+    assert "Skipped: " in run.text() and "starting from scratch" in run.text()
     case.check(tmp_path)
 
 
@@ -133,9 +139,7 @@ def test_a_position_in_other_data_means_nothing(tiny_cross, caplog):
         )
         state.register_dataset(Pictures(range(num_images)))
         assert (state.iteration, bool(state.meters)) == (iteration, iteration > 0)
-    assert (
-        "The data set has 9 images and had 8: epoch 2, which was begun, starts over" in caplog.text
-    )
+    assert "The data set has 9 images and had 8: the interrupted epoch 2 starts over" in caplog.text
 
 
 class Pictures(list):
@@ -150,7 +154,7 @@ def test_the_log_of_another_run_is_laid_aside(tmp_path, caplog):
     used.mkdir()
     (used / "checkpoint.pth").touch()
     (used / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
-    args = Namespace(output_dir=str(used), resume=str(tmp_path / "other/checkpoint.pth"))
+    args = Namespace(rank=0, output_dir=str(used), resume=str(tmp_path / "other/checkpoint.pth"))
     clean_output_dir(args, first_epoch=1)
     (aside,) = used.glob("log-until-*.txt")
     assert aside.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
@@ -161,7 +165,7 @@ def test_the_log_of_another_run_is_laid_aside(tmp_path, caplog):
 def test_kept_files_of_an_earlier_run_do_not_count(tmp_path):
     for epoch in (0, 1, 2, 8, 9):
         (tmp_path / f"checkpoint-{epoch}.pth").touch()
-    remove_old(tmp_path, keep_last=2, epoch=2)
+    remove_old_checkpoints(tmp_path, keep_last=2, epoch=2)
     assert sorted(path.stem[-1] for path in tmp_path.iterdir()) == ["1", "2", "8", "9"]
 
 

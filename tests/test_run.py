@@ -8,8 +8,8 @@ import torch
 from parity_data import assert_rates_match, read_json
 
 from main_pretrain import lr_scale
-from util.run.launch import set_lr
-from util.run.startup import log_startup_summary
+from util.run.setup import set_lr
+from util.run.startup import log_summary, startup_summary
 
 SCHEDULES = read_json("schedules")
 RULE = [(f"rule {i}", entry) for i, entry in enumerate(SCHEDULES["effective_lr"])]
@@ -26,7 +26,7 @@ def test_peak_rate(case, tiny_cross, caplog):
     args.lr = args.lr_flag
     text = set_lr(args, *(lr_scale(args) if args.mask_ratio else ()))
     assert_rates_match(args.lr, case["lr"], "peak rate")
-    log_startup_summary(args, tiny_cross(), text, "written out", "no data")
+    log_summary(args, startup_summary(args, tiny_cross(), text, "written out", None, "no data"))
     for line in (
         f"base lr: {case['printed_base_lr']}",
         f"actual lr: {case['printed_actual_lr']}",

@@ -91,7 +91,7 @@ def test_cable_pulled_and_put_back(cable, tmp_path):
         ip("-n", cable[0], "link", "set", CARD, "down")
         texts = [tmp_path / "host0.0", tmp_path / "host1.0"]
         for text in texts:
-            wait_until(lambda t=text: "lost the others" in t.read_text(), 60, 0.1)
+            wait_until(lambda t=text: "lost another rank" in t.read_text(), 60, 0.1)
         assert hosts[0].wait(120) != 0
         # The ranks have ended. torchrun of the cut-off host goes on looking for the other one for
         # minutes, in code of its own; a batch system would end it, and so do we.

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from tools import visualize
 from util.io.errors import CheckpointError, UserError
 from util.layers.patchify import patchify
-from util.run.flags import IMAGENET_MEAN, IMAGENET_STD
 from util.vis.attention_maps import (
     attention_grid,
     attention_weights,
@@ -41,7 +41,7 @@ from util.vis.reconstruction import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-MEAN, STD = list(IMAGENET_MEAN), list(IMAGENET_STD)
+MEAN, STD = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
 SIZES = [(32, 32), (16, 48)]
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import models_cross
@@ -50,8 +51,7 @@ from util.optim import (
     build_adamw,
     choose_amp_dtype,
 )
-from util.run import launch as run
-from util.run.flags import IMAGENET_MEAN, IMAGENET_STD
+from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def cut_photographs(folder: Path) -> Path:
 
 def compare_chains(args, paths: list[str], clock: Clock) -> dict:
     """The uint8 chain against the recipe's, on the same files with the same crops."""
-    args.mean, args.std = IMAGENET_MEAN, IMAGENET_STD
+    args.mean, args.std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     fast, recipe = FastPretrainTransform(args.input_size), build_pretrain_transform(args)
 
     def read_all(read, transform) -> list[Tensor]:
@@ -247,7 +247,9 @@ def compare_chains(args, paths: list[str], clock: Clock) -> dict:
         clock,
         args.repeats,
     )
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(x).view(1, 3, 1, 1) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
     ours = normalize(torch.stack(read_all(read_image, fast)), mean, std)
     difference = (ours - torch.stack(read_all(open_image, recipe))) * std * 255
     return result | {
@@ -353,4 +355,4 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run.run(main, get_args_parser().parse_args())
+    launch(main, get_args_parser().parse_args())

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageSequence
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -43,8 +44,7 @@ from util.datasets import find_pictures
 from util.eval.inference import DEFAULT_WORKERS, list_images
 from util.eval.report import imbalance_note
 from util.io.errors import BadImage, UserError
-from util.run import launch as run
-from util.run.flags import IMAGENET_MEAN, IMAGENET_STD
+from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +262,11 @@ def flags_of_channels(facts: list[Facts]) -> list[str]:
     main = with_main_channels(facts)
     mean, std = channel_statistics(main)
     flags = [] if len(mean) == 3 else ["--in_chans", str(len(mean))]
-    defaults = (IMAGENET_MEAN, IMAGENET_STD) if len(mean) == 3 else ([0.5] * len(mean),) * 2
+    defaults = (
+        (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        if len(mean) == 3
+        else ([0.5] * len(mean),) * 2
+    )
     for flag, values, default in zip(("--mean", "--std"), (mean, std), defaults, strict=True):
         if max(abs(a - b) for a, b in zip(values, default, strict=True)) > SAME:
             texts = [f"{max(x, 0.001):.3f}" for x in values]
@@ -357,4 +361,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.run(main, get_args_parser().parse_args())
+    launch(main, get_args_parser().parse_args())

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from util.io.errors import UserError
-from util.run import launch as run
+from util.run.launch import launch
 
 IMAGE_SIZE = 32
 NUM_TRAIN = 1297
@@ -151,4 +151,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.run(main, get_args_parser().parse_args())
+    launch(main, get_args_parser().parse_args())

@@ -33,7 +33,7 @@ from util.data.transforms import CROP_SHARE
 from util.io.errors import UserError
 from util.io.files import atomic_write
 from util.layers.vit import BASE, HUGE, LARGE, SMALL
-from util.run import launch as run
+from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
 
@@ -340,4 +340,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.run(main, get_args_parser().parse_args())
+    launch(main, get_args_parser().parse_args())

@@ -33,7 +33,7 @@ from util.eval.inference import (
 )
 from util.io.errors import UserError
 from util.io.files import atomic_write
-from util.run import launch as run
+from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
 
@@ -147,4 +147,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.run(main, get_args_parser().parse_args())
+    launch(main, get_args_parser().parse_args())

@@ -31,7 +31,7 @@ from util.eval.inference import (
 )
 from util.eval.report import few_classes_note
 from util.io.errors import UserError
-from util.run import launch as run
+from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
 
@@ -195,4 +195,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.run(main, get_args_parser().parse_args())
+    launch(main, get_args_parser().parse_args())

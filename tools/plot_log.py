@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from util.io.errors import UserError
-from util.run import launch as run
+from util.run.launch import launch
 from util.vis.figures import (
     GAP,
     INK,
@@ -247,4 +247,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.run(main, get_args_parser().parse_args())
+    launch(main, get_args_parser().parse_args())

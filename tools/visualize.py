@@ -23,7 +23,7 @@ from util.data.image_io import find_images, open_image
 from util.data.transforms import build_transform
 from util.distributed import choose_device
 from util.io.errors import CheckpointError, UserError
-from util.run import launch as run
+from util.run.launch import launch
 from util.vis import attention_maps as decoder_attention
 from util.vis import reconstruction as views
 from util.vis.figures import check_png, save_png
@@ -176,4 +176,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run.run(main, get_args_parser().parse_args())
+    launch(main, get_args_parser().parse_args())

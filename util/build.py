@@ -12,48 +12,40 @@ from util.checkpoint import load_strict
 from util.io.checkpoint_file import checkpoint_type, read_checkpoint, weights_of
 from util.io.errors import CheckpointError, UserError
 from util.layers.masking import num_visible_and_predicted
-from util.run.flags import set_mean_std
+from util.run.checks import set_mean_std
 
+SHARED_DEFAULTS = dict(
+    input_size=224, patch_size=None, in_chans=3, mean=None, std=None, grad_checkpointing=False
+)
+CROSS_DEFAULTS = dict(weight_fm=False, use_fm=[-1], use_input=False, self_attn=False)
 PRETRAIN_DEFAULTS = dict(
     cross_mae=False,
     decoder_depth=8,
     decoder_embed_dim=None,
-    weight_fm=False,
-    use_fm=[-1],
-    use_input=False,
-    self_attn=False,
+    **CROSS_DEFAULTS,
     mask_ratio=0.75,
     kept_mask_ratio=0.75,
     norm_pix_loss=False,
 )
 CLASSIFIER_DEFAULTS = dict(drop_path=0.0, global_pool=True)
-SHARED_DEFAULTS = dict(
-    input_size=224, patch_size=None, in_chans=3, mean=None, std=None, grad_checkpointing=False
-)
 
 
 def build_pretrain_model(args, attention_backend=None) -> nn.Module:
     """The MAE or CrossMAE that the flags describe.
 
     Raises:
-        UserError: unknown name, or flags that do not go together.
+        UserError: unknown name, or flags that do not fit together.
     """
-    module = models_cross if args.cross_mae else models_mae
     options = dict(
-        img_size=args.input_size,
-        in_chans=args.in_chans,
+        patch_size=args.patch_size,
+        decoder_embed_dim=args.decoder_embed_dim,
         decoder_depth=args.decoder_depth,
         norm_pix_loss=args.norm_pix_loss,
-        attention_backend=attention_backend,
     )
-    for name in ("patch_size", "decoder_embed_dim"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
     if args.cross_mae:
-        for name in ("weight_fm", "use_fm", "use_input", "self_attn"):
-            options[name] = getattr(args, name)
-    model = find_factory(module, "mae_vit_", args.model)(**options)
-    model.grad_checkpointing = args.grad_checkpointing
+        options |= {name: getattr(args, name) for name in CROSS_DEFAULTS}
+    module = models_cross if args.cross_mae else models_mae
+    model = build(find_factory(module, "mae_vit_", args.model), args, options, attention_backend)
     kept_mask_ratio = args.kept_mask_ratio if args.cross_mae else args.mask_ratio
     num_visible_and_predicted(model.patch_embed.num_patches, args.mask_ratio, kept_mask_ratio)
     return model
@@ -65,15 +57,22 @@ def build_classifier(args, attention_backend=None) -> nn.Module:
     Raises:
         UserError: unknown name, or sizes that do not fit.
     """
-    options = {} if args.patch_size is None else {"patch_size": args.patch_size}
-    model = find_factory(models_vit, "vit_", args.model)(
-        img_size=args.input_size,
-        in_chans=args.in_chans,
+    options = dict(
+        patch_size=args.patch_size,
         num_classes=args.nb_classes,
         drop_path_rate=args.drop_path,
         global_pool=args.global_pool,
+    )
+    return build(find_factory(models_vit, "vit_", args.model), args, options, attention_backend)
+
+
+def build(factory, args, options: dict, attention_backend) -> nn.Module:
+    """Call a factory; options that are None keep its defaults."""
+    model = factory(
+        img_size=args.input_size,
+        in_chans=args.in_chans,
         attention_backend=attention_backend,
-        **options,
+        **{name: value for name, value in options.items() if value is not None},
     )
     model.grad_checkpointing = args.grad_checkpointing
     return model
@@ -83,7 +82,7 @@ def find_factory(module, prefix: str, name: str):
     """The factory of that name.
 
     Raises:
-        UserError: there is none; lists those there are.
+        UserError: there is none; lists the names.
     """
     names = sorted(n for n in vars(module) if n.startswith(prefix))
     if name not in names:
@@ -94,25 +93,26 @@ def find_factory(module, prefix: str, name: str):
 def load_trained(
     source: str | Path, attention_backend=None, **changes
 ) -> tuple[nn.Module, argparse.Namespace]:
-    """Model of a checkpoint in evaluation mode on the CPU, and the arguments it was made with.
+    """Model of a checkpoint in evaluation mode on the CPU, and the arguments it was trained with.
 
-    Everything is read from the file: kind, size, patch, channels, mean and deviation.
+    Model, input size, patch size, channels, mean and std all come from the file.
 
     Args:
-        changes: arguments to set where the file does not say, such as model="mae_vit_base_patch16".
+        source: path, https:// or hf:// URL.
+        changes: arguments for what the file does not say, such as model="mae_vit_base_patch16".
 
     Raises:
         CheckpointError: the file cannot be read, or does not say which model it holds.
     """
     checkpoint = read_checkpoint(source)
     weights = weights_of(checkpoint, str(source))
-    kind = checkpoint_type(weights)
-    if kind not in ("pre-training", "fine-tuned"):
+    found = checkpoint_type(weights)
+    if found not in ("pre-training", "fine-tuned"):
         raise CheckpointError(
-            f"{source} is a checkpoint of kind {kind!r}; one written by main_pretrain.py or "
+            f"{source} is a checkpoint of type {found!r}; one written by main_pretrain.py or "
             "main_finetune.py is needed."
         )
-    is_classifier = kind == "fine-tuned"
+    is_classifier = found == "fine-tuned"
     known = {k: v for k, v in changes.items() if v is not None}
     known |= {k: v for k, v in checkpoint.get("args", {}).items() if v is not None}
     if "model" not in known:
@@ -127,8 +127,10 @@ def load_trained(
         is_probe = "head.1.bias" in weights
         args.nb_classes = len(weights["head.1.bias" if is_probe else "head.bias"])
         args.global_pool = "fc_norm.weight" in weights
-    model = (build_classifier if is_classifier else build_pretrain_model)(args, attention_backend)
-    if is_classifier and is_probe:
-        model.freeze_for_probe()
+        model = build_classifier(args, attention_backend)
+        if is_probe:
+            model.freeze_for_probe()
+    else:
+        model = build_pretrain_model(args, attention_backend)
     load_strict(model, weights, str(source))
     return model.eval(), args

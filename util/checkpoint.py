@@ -1,12 +1,12 @@
-"""What a run saves, and the ways to load it: resume, an encoder into a classifier, all or nothing.
+"""What a run saves, and the ways to load it: to resume, to fine-tune, to start another run.
 
-The files themselves are read and written by util/io/checkpoint_file.py.
+The files are read and written by util/io/checkpoint_file.py.
 """
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from util.io.checkpoint_file import (
@@ -22,26 +22,25 @@ from util.pos_embed import interpolate_pos_embed
 
 logger = logging.getLogger(__name__)
 
-MODEL_FLAGS = (  # flags on which the names and shapes of the weights depend
+MODEL_FLAGS = (  # decide the names and shapes of the weights
     "model input_size patch_size in_chans cross_mae decoder_depth decoder_embed_dim weight_fm "
     "use_fm use_input self_attn nb_classes global_pool linear_probe".split()
 )
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
 
-class Loaded(NamedTuple):
-    """What a partial load left open."""
-
-    missing: list[str]  # of the model, not in the file
-    unexpected: list[str]  # in the file, not of the model
-
-
-def load_encoder(model: nn.Module, weights: dict[str, Tensor], old_grid=None) -> Loaded:
+def load_encoder(model: nn.Module, weights: dict[str, Tensor], old_grid=None):
     """Load a pre-trained encoder into a classifier: all of it, or nothing.
 
-    The position table is resized where the grids differ; a head of another size is left out, as are
-    the parts of a decoder. `norm` may be missing (a CrossMAE file has none) and keeps its start
-    values.
+    The position embedding is resized where the grids differ. Decoder weights and a head of another
+    size are left out. `norm` may be missing (a CrossMAE file has none) and keeps its
+    initialization.
+
+    Args:
+        old_grid: (rows, columns) of the stored position embedding; by default a square.
+
+    Returns:
+        torch's (missing_keys, unexpected_keys).
 
     Raises:
         CheckpointError: a tensor of the encoder is missing or has another shape.
@@ -55,22 +54,47 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], old_grid=None) ->
     check_encoder(own, weights, skip=("pos_embed",))
     interpolate_pos_embed(model, weights, old_grid)
     check_encoder(own, weights)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    result = model.load_state_dict(weights, strict=False)
     count = sum(name.startswith(ENCODER_PARTS) for name in own)
-    logger.info(
-        "Matched %d of %d encoder tensors; fresh: %s", count, count, ", ".join(missing) or "nothing"
-    )
-    return Loaded(missing, unexpected)
+    new = ", ".join(result.missing_keys) or "nothing"
+    logger.info("Matched %d of %d encoder tensors; newly initialized: %s", count, count, new)
+    return result
+
+
+def load_pretrained(model: nn.Module, source: str) -> None:
+    """--finetune: load an encoder from a checkpoint; a head in the file is not used.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its encoder is not that of the model.
+    """
+    checkpoint = read_checkpoint(source)
+    logger.info("Load pre-trained checkpoint from: %s", source)
+    weights = weights_of(checkpoint, source)
+    for name in [name for name in weights if name.startswith("head.")]:
+        logger.info("Removing key %s from pretrained checkpoint", name)
+        del weights[name]
+    load_encoder(model, weights, stored_grid(checkpoint, weights, model.patch_embed.patch_size))
+
+
+def stored_grid(checkpoint: dict, weights: dict, patch_size: int) -> tuple[int, int] | None:
+    """(rows, columns) of a checkpoint's position embedding by its input size; None: a square."""
+    height, width = to_2tuple(checkpoint.get("args", {}).get("input_size") or 0)
+    grid = (height // patch_size, width // patch_size)
+    pos_embed = weights.get("pos_embed")
+    # The public MAE baseline stored --input_size without using it: its grid is a square.
+    if pos_embed is not None and grid[0] * grid[1] != pos_embed.shape[1] - 1:
+        return None
+    return grid if all(grid) else None
 
 
 def check_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], skip=()) -> None:
-    """Raises CheckpointError unless every encoder tensor is there in the right shape."""
+    """Raises CheckpointError unless every encoder tensor is present in the right shape."""
     for name, value in own.items():
         if not name.startswith(ENCODER_PARTS) or name in skip:
             continue
         if name not in weights:
             raise CheckpointError(
-                f"The checkpoint has no {name}, so its encoder is not the one of --model; "
+                f"The checkpoint has no {name}, so its encoder is not that of --model; "
                 "choose the model it was trained with."
             )
         if weights[name].shape != value.shape:
@@ -81,22 +105,22 @@ def check_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], skip=()) -
             )
 
 
-def load_matching(model: nn.Module, source: str) -> None:
-    """Start a pre-training model from weights: its whole encoder, and its decoder if that fits.
+def init_from(model: nn.Module, source: str) -> None:
+    """--init_from: load the whole encoder, and the decoder if all of it fits.
 
     Raises:
-        CheckpointError: the encoder is not the one of this model.
+        CheckpointError: the encoder is not that of the model.
     """
     weights, own = weights_of(read_checkpoint(source), source), model.state_dict()
     check_encoder(own, weights)
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    fresh = [name for name in own if name not in fitting]
-    if fresh:  # a decoder in parts is no decoder
+    is_whole = len(fitting) == len(own)
+    if not is_whole:
         fitting = {k: v for k, v in fitting.items() if k.startswith(ENCODER_PARTS)}
     model.load_state_dict(fitting, strict=False)
     logger.info(
         "Weights from %s: matched %d of %d tensors%s",
-        *(source, len(fitting), len(own), "; decoder: fresh" if fresh else ""),
+        *(source, len(fitting), len(own), "" if is_whole else "; decoder: newly initialized"),
     )
 
 
@@ -106,10 +130,10 @@ def load_strict(
     """Load every tensor.
 
     Args:
-        trained_with: flags that the file was written with and this model was not, for the error.
+        trained_with: flags in which the file differs from this run, for the message.
 
     Raises:
-        CheckpointError: the names or shapes differ; says what kind of file it is and what to do.
+        CheckpointError: the names or shapes differ; names the type of the file and the remedy.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in weights]
@@ -121,12 +145,11 @@ def load_strict(
     found, wanted = checkpoint_type(weights), checkpoint_type(own)
     if found != wanted:
         remedies = {"fine-tuned": "--finetune", "pre-training": "--init_from"}
-        remedy = f"check what the file is (its first entries: {', '.join(list(weights)[:3])})"
+        remedy = f"check the file (its first entries: {', '.join(list(weights)[:3])})"
         if found != "unknown" and wanted in remedies:
             remedy = f"to start from its encoder, give it to {remedies[wanted]} instead of --resume"
         raise CheckpointError(
-            f"{source} is a checkpoint of kind {found!r}, one of kind {wanted!r} is needed here; "
-            f"{remedy}."
+            f"{source} is a {found} checkpoint, a {wanted} one is needed here; {remedy}."
         )
     examples = [f"missing {n}" for n in missing[:2]] + [
         f"not of this model {n}" for n in unexpected[:2]
@@ -141,21 +164,21 @@ def load_strict(
 
 
 def differing_flags(args, trained: dict) -> str:
-    """Flags that shape the model, as a checkpoint's arguments have them and `args` does not."""
+    """Model flags of a checkpoint that differ from `args`, as they would be typed."""
     found = []
     for name in MODEL_FLAGS:
-        theirs, ours = (
+        stored, own = (
             list(value) if isinstance(value, tuple) else value
             for value in (trained.get(name), getattr(args, name, None))
         )
-        if name not in trained or not hasattr(args, name) or theirs == ours:
+        if name not in trained or not hasattr(args, name) or stored == own:
             continue
         if name == "global_pool":
-            found.append("--global_pool" if theirs else "--cls_token")
-        elif theirs is None or isinstance(theirs, bool):
-            found.append(f"--{name}" if theirs else f"no --{name}")
+            found.append("--global_pool" if stored else "--cls_token")
+        elif stored is None or isinstance(stored, bool):
+            found.append(f"--{name}" if stored else f"no --{name}")
         else:
-            values = theirs if isinstance(theirs, list) else [theirs]
+            values = stored if isinstance(stored, list) else [stored]
             found.append(f"--{name} {' '.join(map(str, values))}")
     return ", ".join(found)
 
@@ -166,10 +189,10 @@ def save_model(
     """Write OUTPUT_DIR/name with model, optimizer, scaler and arguments.
 
     Args:
-        epoch: last finished epoch; -1 before the first is done.
-        model: without DDP around it.
+        epoch: the last finished one; -1 before the first is done.
+        model: not wrapped in DDP.
         extra: more entries, plain values and tensors.
-        links: further file names for the same content.
+        links: further names of the same file.
     """
     checkpoint = {
         "model": {strip_prefixes(k): v for k, v in model.state_dict().items()},
@@ -186,15 +209,15 @@ def save_model(
 def load_model(
     args, model_without_ddp, optimizer=None, loss_scaler=None, checkpoint: dict | None = None
 ) -> dict:
-    """Go on from args.resume: weights, and with an optimizer also its state, scaler and epoch.
+    """Load args.resume: weights, and with an optimizer also its state, the scaler and the epoch.
 
     Sets args.start_epoch to the epoch after the last finished one. Returns the checkpoint.
 
     Args:
-        checkpoint: what the file holds, where it was read before.
+        checkpoint: content of the file, if it was read before.
 
     Raises:
-        CheckpointError: the file cannot be read or fits another model.
+        CheckpointError: the file cannot be read, or belongs to another model.
     """
     checkpoint = checkpoint or read_checkpoint(args.resume)
     trained_with = differing_flags(args, checkpoint.get("args", {}))
@@ -210,10 +233,10 @@ def load_model(
 
 
 def load_optimizer(optimizer, state: dict, source: str) -> None:
-    """Load an optimizer's state; which kernel runs it stays this run's choice.
+    """Load an optimizer's state; whether it is fused stays this run's choice.
 
     Raises:
-        CheckpointError: it belongs to other parameter groups.
+        CheckpointError: it has other parameter groups.
     """
     fused = optimizer.defaults.get("fused")
     state = {**state, "param_groups": [{**g, "fused": fused} for g in state["param_groups"]]}

@@ -1,4 +1,4 @@
-"""Processes: who am I, how many are we, and the few collectives the code needs."""
+"""Process group: rank, world size, device, and the collectives that the code needs."""
 
 import contextlib
 import datetime
@@ -14,7 +14,7 @@ from util.io.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
-LOST_PEER = (  # what gloo says when a process does not answer
+LOST_PEER = (  # gloo's messages when another rank is gone
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
@@ -26,16 +26,15 @@ LOST_PEER = (  # what gloo says when a process does not answer
 
 
 def init_distributed_mode(args) -> None:
-    """Find out how this process was started and join the others.
+    """Read the rank from the launcher's variables and join the process group.
 
     Looks at torchrun's variables, then (with --dist_on_itp) Open MPI's, then SLURM's. Sets on args:
     distributed, rank, world_size, gpu (local rank), dist_backend, and device, which becomes a
     torch.device: as asked for, else cuda where there is one, else cpu.
 
     Raises:
-        UserError: the device does not exist, or SLURM started several tasks without saying where
-            rank 0 listens.
-        UserError: the group could not be formed.
+        UserError: no such device, SLURM did not set MASTER_ADDR, or the group could not be
+            formed.
     """
     args.rank, args.world_size, args.gpu = read_launcher(os.environ, args.dist_on_itp)
     args.distributed = args.world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
@@ -62,19 +61,19 @@ def init_distributed_mode(args) -> None:
         dist.barrier()
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         raise UserError(
-            f"Rank {args.rank} of {args.world_size} could not join the others at {where} within "
-            f"{args.dist_timeout} s ({one_line(error)}); check that every process is "
+            f"Rank {args.rank} of {args.world_size} could not join the process group at {where} "
+            f"within {args.dist_timeout} s ({one_line(error)}); check that every rank is "
             "running, that address and port are reachable, and that the port is free "
             "(another --master_port)."
         ) from error
 
 
 def connect_attempt(args, timeout: datetime.timedelta):
-    """The store of this attempt, where torchrun keeps one store for all its restarts; else None.
+    """A store for this attempt, where torchrun keeps one store over all its restarts; else None.
 
-    The store still holds the addresses of the processes that died, so every attempt gets a part of
-    its own. Between several hosts torchrun does not count attempts alike; there its environment
-    variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt another store.
+    That store still holds the addresses of ranks that died, so every attempt gets a prefix of its
+    own. Across hosts torchrun does not count attempts alike; there its environment variable
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own.
     """
     env = os.environ
     is_shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -86,7 +85,7 @@ def connect_attempt(args, timeout: datetime.timedelta):
 
 
 def explain_lost_peer(error: Exception) -> str | None:
-    """One sentence for the failure of a collective; None if the error is something else."""
+    """One line for a failed collective; None for any other error."""
     text = str(error).strip()
     if not is_distributed() or not (
         isinstance(error, dist.DistError) or any(words in text for words in LOST_PEER)
@@ -94,15 +93,15 @@ def explain_lost_peer(error: Exception) -> str | None:
         return None
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     return (
-        f"Rank {get_rank()} of {get_world_size()} (group at {where}) lost the others "
+        f"Rank {get_rank()} of {get_world_size()} (group at {where}) lost another rank "
         f"({one_line(error)[-160:]}): a process ended, hung for longer than --dist_timeout, "
-        "or the network is down; see what the other ranks say. --resume auto goes on from the last "
+        "or the network is down; see the other ranks' logs. --resume auto continues from the last "
         "checkpoint."
     )
 
 
 def read_launcher(env, dist_on_itp: bool) -> tuple[int, int, int]:
-    """(rank, world size, local rank) from the environment; (0, 1, 0) for one process on its own.
+    """(rank, world size, local rank) from the environment; (0, 1, 0) for a single process.
 
     Open MPI's address and port are put into `env`, where they are not set.
 
@@ -131,7 +130,7 @@ def read_launcher(env, dist_on_itp: bool) -> tuple[int, int, int]:
 
 
 def choose_device(wanted: str | None, local_rank: int) -> torch.device:
-    """The device of this process: `wanted`, or cuda where there is one, or cpu.
+    """The device of this rank: `wanted`, or cuda if available, or cpu.
 
     Raises:
         UserError: `wanted` is not a device of this machine.
@@ -147,12 +146,12 @@ def choose_device(wanted: str | None, local_rank: int) -> torch.device:
             raise UserError(f"--device {wanted}: this machine has no usable GPU; use --device cpu.")
         count, index = torch.cuda.device_count(), device.index
         if index is None:
-            # with srun --gpus-per-task=1 every task sees one GPU, its own, as number 0
+            # with srun --gpus-per-task=1 every task sees only its own GPU, as index 0
             index = 0 if count == 1 and "SLURM_GPUS_PER_TASK" in os.environ else local_rank
         if index >= count:
             raise UserError(
-                f"Local rank {local_rank} has no GPU of its own: number {index} is asked for and "
-                f"{count} found; start at most one process per GPU (--nproc_per_node)."
+                f"Local rank {local_rank} has no GPU of its own: index {index} was asked for, "
+                f"{count} found; start at most one rank per GPU (--nproc_per_node)."
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
@@ -160,34 +159,34 @@ def choose_device(wanted: str | None, local_rank: int) -> torch.device:
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of a group."""
+    """Whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, 0 without a group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def get_world_size() -> int:
-    """Number of processes."""
+    """Number of ranks, 1 without a group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Whether this is rank 0, which logs and writes."""
     return get_rank() == 0
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum over the processes, in place; x itself for one process."""
+    """Sum over the ranks, in place."""
     if is_distributed():
         dist.all_reduce(x)
     return x
 
 
 def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
-    """Largest of each value over the processes; the values themselves for one process."""
+    """Maximum of each value over the ranks."""
     if get_world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -195,15 +194,32 @@ def all_reduce_max(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def all_gather_objects(own) -> list:
+    """The objects of all ranks, by rank."""
+    if get_world_size() == 1:
+        return [own]
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def all_reduce_mean(x: float) -> float:
+    """Mean over the ranks."""
+    if get_world_size() == 1:
+        return x
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return all_reduce_sum(torch.tensor(x, device=device)).item() / get_world_size()
+
+
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give all processes rank 0's buffers (BatchNorm's statistics), which are the ones saved."""
+    """Give all ranks rank 0's buffers (BatchNorm statistics), which are the ones saved."""
     if get_world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def wrap_ddp(model: nn.Module, device: torch.device, find_unused_parameters: bool) -> nn.Module:
-    """DistributedDataParallel around the model in a group, the model itself otherwise."""
+    """The model in DistributedDataParallel; the model itself for a world size of 1."""
     if get_world_size() == 1:
         return model
     return DistributedDataParallel(
@@ -215,13 +231,13 @@ def wrap_ddp(model: nn.Module, device: torch.device, find_unused_parameters: boo
 
 
 def sync_gradients(model: nn.Module, enabled: bool):
-    """Context for forward and backward: without `enabled`, DDP keeps gradients to itself."""
+    """Context of forward and backward; without `enabled`, DDP does not reduce gradients."""
     if isinstance(model, DistributedDataParallel) and not enabled:
         return model.no_sync()
     return contextlib.nullcontext()
 
 
 def close() -> None:
-    """Leave the group."""
+    """Leave the process group."""
     if is_distributed():
         dist.destroy_process_group()

@@ -1,7 +1,6 @@
 """Meters and the progress line.
 
-The forms of the lines are those that users of the MAE family search their logs for; ours only add
-to them.
+Lines keep the format that users of the MAE family search their logs for; we only add to it.
 """
 
 import datetime
@@ -17,11 +16,11 @@ from util.distributed import get_world_size
 
 logger = logging.getLogger(__name__)
 
-LATE_METERS = ("grad_norm",)  # come after the parts of a line that users' searches expect
+LATE_METERS = ("grad_norm",)  # come after the parts of a line that searches expect
 
 
 class SmoothedValue:
-    """Recent values of a series and its mean over everything since the start."""
+    """Recent values of a series, and the mean of the whole series."""
 
     def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})"):
         self.recent = deque(maxlen=window_size)
@@ -67,7 +66,7 @@ class MetricLogger:
         self.delimiter = delimiter
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
-        """Register a meter with a form of its own."""
+        """Add a meter with a format of its own."""
         self.meters[name] = meter
 
     def update(self, **values: float) -> None:
@@ -76,12 +75,12 @@ class MetricLogger:
             self.meters.setdefault(name, SmoothedValue()).update(float(value))
 
     def restore(self, name: str, total: float, count: int) -> None:
-        """Let a meter begin with what an interrupted epoch had summed up."""
+        """Start a meter from the sum and count of an interrupted epoch."""
         meter = self.meters.setdefault(name, SmoothedValue())
         meter.total, meter.count = total, count
 
     def averages(self) -> dict[str, float]:
-        """Mean of every meter that has seen a value."""
+        """Mean of every meter that has a value."""
         return {name: meter.global_avg for name, meter in self.meters.items() if meter.count}
 
     def __str__(self) -> str:
@@ -95,9 +94,9 @@ class MetricLogger:
         """Yield (iteration, batch); print a line every print_freq iterations and after the last.
 
         Args:
-            batches: sized by the whole epoch; yields what is left of it.
-            first: number of the first iteration that is left.
-            before_print: called before a line is made, to read values that wait on the device.
+            batches: its length is that of the whole epoch; yields the rest of it.
+            first: index of the first iteration it yields.
+            before_print: called before a line is logged, to read values from the device.
         """
         num_iterations = len(batches)
         width = len(str(num_iterations))
@@ -117,7 +116,7 @@ class MetricLogger:
                 eta = datetime.timedelta(
                     seconds=int(step_time.global_avg * (num_iterations - 1 - i))
                 )
-                rate = get_world_size() * len(batch[0]) / step_time.avg
+                speed = get_world_size() * len(batch[0]) / step_time.avg
                 parts = [
                     header,
                     f"[{i:{width}d}/{num_iterations}]",
@@ -126,7 +125,7 @@ class MetricLogger:
                     f"time: {step_time.avg:.4f}",
                     f"data: {data_time.avg:.4f}",
                     f"max mem: {peak_memory_mib():.0f}",
-                    f"img/s: {rate:.1f}",
+                    f"img/s: {speed:.1f}",
                     f"wait: {100 * data_time.avg / step_time.avg:.0f}%",
                 ]
                 if "lr" in self.meters and self.meters["lr"].recent:  # not all were skipped
@@ -136,7 +135,7 @@ class MetricLogger:
             end = time.perf_counter()
         seconds = end - start
         self.images_per_second = get_world_size() * images / seconds if seconds else 0.0
-        self.data_share = data_time.total / seconds if seconds else 0.0
+        self.data_wait = data_time.total / seconds if seconds else 0.0
         logger.info(
             "%s Total time: %s (%.4f s / it)",
             header,

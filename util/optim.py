@@ -1,4 +1,4 @@
-"""Precision and the update: autocast type, AdamW, and backward-unscale-clip-step in one call."""
+"""Precision and optimizers: autocast dtype, AdamW, LARS, and backward-unscale-clip-step."""
 
 import math
 
@@ -10,7 +10,10 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def choose_amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Autocast type of --amp, None: float32. auto: bf16 where a GPU has it, else fp16; CPU: off."""
+    """Autocast dtype of --amp, None for float32.
+
+    auto is bf16 where the GPU supports it, fp16 on other GPUs, off on a CPU.
+    """
     if amp != "auto":
         return AMP_TYPES[amp]
     if device.type != "cuda":
@@ -26,12 +29,12 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
 
 
 def build_adamw(param_groups: list[dict], lr: float, betas: tuple[float, float]):
-    """AdamW in its fused form: one pass over the parameters per update, on CPU and GPU."""
+    """Fused AdamW: one pass over the parameters per step, on CPU and GPU."""
     return torch.optim.AdamW(param_groups, lr=lr, betas=betas, fused=True)
 
 
 def build_lars(parameters, lr: float, weight_decay: float):
-    """LARS for the linear probe (arXiv 1708.03888): momentum 0.9, adapted for matrices only."""
+    """LARS (arXiv 1708.03888) for the linear probe: momentum 0.9, adapts matrices only."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True},
@@ -41,10 +44,10 @@ def build_lars(parameters, lr: float, weight_decay: float):
 
 
 class NativeScalerWithGradNormCount:
-    """Backward, unscale, clip and step; called as the MAE family calls its `loss_scaler`.
+    """Backward, unscale, clip and step; the `loss_scaler` of the MAE family.
 
-    A step whose gradients are not finite changes nothing. On a fused optimizer that is decided on
-    the device, so no step waits for it.
+    A step with non-finite gradients changes nothing. With a fused optimizer that is decided on the
+    device, without a sync.
     """
 
     def __init__(
@@ -52,13 +55,14 @@ class NativeScalerWithGradNormCount:
     ):
         """
         Args:
-            amp_dtype: autocast type of the run; float16 needs loss scaling, the others do not.
-                auto: what the engines choose if nothing is said.
-            device_type: cuda or cpu; by default cuda where there is one.
+            amp_dtype: autocast dtype of the run, None for float32, or "auto"; float16 needs loss
+                scaling.
+            device_type: cuda or cpu (default: cuda if available).
         """
         device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
         if amp_dtype == "auto":
             amp_dtype = choose_amp_dtype("auto", torch.device(device_type))
+        self.amp_dtype = amp_dtype
         self.scaler = torch.amp.GradScaler(device_type, enabled=amp_dtype is torch.float16)
 
     def __call__(
@@ -70,11 +74,11 @@ class NativeScalerWithGradNormCount:
         create_graph: bool = False,
         update_grad: bool = True,
     ) -> Tensor | None:
-        """Add the gradients of `loss`; with update_grad also update, and return the gradient norm.
+        """Accumulate the gradients of `loss`; with update_grad, step and return the gradient norm.
 
         Args:
             clip_grad: largest gradient norm, or None.
-            parameters: what the norm is taken over; by default all that the optimizer holds.
+            parameters: whose norm is taken (default: all of the optimizer's).
         """
         self.scaler.scale(propagate_nonfinite(loss)).backward(create_graph=create_graph)
         if not update_grad:
@@ -90,7 +94,7 @@ class NativeScalerWithGradNormCount:
             self.scaler.step(optimizer)
             self.scaler.update()
         elif optimizer.defaults.get("fused"):
-            optimizer.found_inf = (~norm.isfinite()).float()  # the kernel then leaves all as it is
+            optimizer.found_inf = (~norm.isfinite()).float()  # the kernel then changes nothing
             optimizer.step()
         elif norm.isfinite():
             optimizer.step()
@@ -98,7 +102,7 @@ class NativeScalerWithGradNormCount:
 
     @property
     def loss_scale(self) -> float:
-        """Present factor on the loss; 1 without scaling."""
+        """Current factor on the loss; 1 without scaling."""
         return self.scaler.get_scale()
 
     def state_dict(self) -> dict:
@@ -106,15 +110,15 @@ class NativeScalerWithGradNormCount:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what state_dict gave; an empty state (a run without scaling) changes nothing."""
+        """Restore a state_dict; an empty one (of a run without scaling) changes nothing."""
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
 
 
 def propagate_nonfinite(loss: Tensor) -> Tensor:
-    """The loss itself, with NaN for its gradients if it is not finite.
+    """The loss, with NaN gradients if it is not finite.
 
-    An infinite loss can have finite gradients. Through the sum over processes the NaN reaches every
-    rank, so that all of them skip the same step without asking each other.
+    An infinite loss can have finite gradients. The sum over ranks carries the NaN to all of them,
+    so they skip the same step without further communication.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)

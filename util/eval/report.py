@@ -81,6 +81,16 @@ def count_confusion(
     return counts.view(num_classes, num_classes).cpu()
 
 
+def report_evaluation(args, model: nn.Module, loader) -> None:
+    """--report: write the tables and the confusion matrix of a classifier on a loader's images."""
+    classes = loader.dataset.classes
+    matrix = count_confusion(loader, model, len(classes), args.device, args.amp, args.dist_eval)
+    if args.rank == 0:
+        for note in write_report(args.report, matrix, classes):
+            logger.info("%s", note)
+        logger.info("Report in %s", args.report)
+
+
 def write_report(folder: str | Path, matrix: Tensor, classes: list[str]) -> list[str]:
     """Write per_class.csv, confusion.csv and confusion.png; returns what should be said.
 

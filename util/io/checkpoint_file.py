@@ -1,8 +1,8 @@
-"""Checkpoint files: the one safe read, the one safe write, and what kind of file it is.
+"""Checkpoint files: the one safe read, the one safe write, and the type of a file.
 
 A file is a dict of tensors and plain values under the names the MAE family uses (model, optimizer,
-epoch, scaler, args), so other tools find `model` where they look for it. Reading never runs code
-from the file.
+epoch, scaler, args), so other tools find `model` where they expect it. Reading never runs code from
+the file.
 """
 
 import argparse
@@ -28,14 +28,14 @@ PREFIXES = ("module.", "_orig_mod.")  # of DDP and compile
 
 
 def read_checkpoint(source: str | Path) -> dict:
-    """Read a checkpoint from a file or an https or hf:// address, without running anything in it.
+    """Read a checkpoint from a file or an https:// or hf:// URL, without running code from it.
 
-    Tensors, containers, numbers and strings are accepted, and argparse.Namespace with such values
-    (older files keep their arguments in one; it comes back as a dict). safetensors files are read
-    as weights.
+    Accepts tensors, containers, numbers and strings, and argparse.Namespace with such values (older
+    files keep their arguments in one; it is returned as a dict). safetensors files are read as
+    weights.
 
     Raises:
-        CheckpointError: the file is missing, damaged, no checkpoint, or holds anything else.
+        CheckpointError: the file is missing, damaged, not a checkpoint, or holds anything else.
     """
     path = Path(fetch(str(source)))
     if path.is_dir() or not path.exists():
@@ -54,7 +54,7 @@ def read_checkpoint(source: str | Path) -> dict:
         raise CheckpointError(explain_refusal(path, size, error)) from error
     except Exception as error:  # a damaged file fails in many ways, each named by its own library
         raise CheckpointError(
-            f"{path} ({size:,} bytes) is no complete checkpoint ({one_line(error)}); "
+            f"{path} ({size:,} bytes) is not a complete checkpoint ({one_line(error)}); "
             "copy or download it again."
         ) from error
     if not isinstance(checkpoint, dict):
@@ -79,7 +79,7 @@ def read_safetensors(path: Path) -> dict:
 
 
 def check_zip(path: Path) -> None:
-    """Compare the checksum of every member, which torch.load does not.
+    """Verify the checksum of every member, which torch.load does not.
 
     Raises:
         CheckpointError: a member is damaged, or compressed, as torch never writes them.
@@ -88,7 +88,7 @@ def check_zip(path: Path) -> None:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
-                    f"{path} is no checkpoint file: {member.filename} in it is compressed; "
+                    f"{path} is not a checkpoint file: {member.filename} in it is compressed; "
                     "use the file as torch.save wrote it."
                 )
         damaged = archive.testzip()
@@ -99,28 +99,28 @@ def check_zip(path: Path) -> None:
 
 
 def explain_refusal(path: Path, size: int, error: Exception) -> str:
-    """Say what was found where weights were expected."""
+    """Message for a file that torch refuses to load."""
     with open(path, "rb") as file:
         start = file.read(256).lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return f"{path} ({size:,} bytes) is a web page, not a checkpoint; download the file itself."
     if not zipfile.is_zipfile(path) and not start.startswith((b"\x80", b"pk")):
-        return f"{path} ({size:,} bytes) is no checkpoint file; check what it is."
+        return f"{path} ({size:,} bytes) is not a checkpoint file; check what it is."
     try:
         names = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # only old or damaged files: the sentence below still says enough
         names = ""
     return (
-        f"{path} is refused: it asks for code to be run ({names or one_line(error)}), which a "
-        "file of weights never needs; get it from a source you trust and save its weights alone."
+        f"{path} is refused: it would run code ({names or one_line(error)}), which "
+        "weights never need; get it from a source you trust and save its weights alone."
     )
 
 
 def read_args(path: Path, args) -> dict:
-    """Arguments of a run as a dict of plain values; anything else is left out, and named."""
+    """Arguments of a run as a dict of plain values; others are skipped with a warning."""
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
-        logger.warning("%s: its args are a %s; left out", path, type(args).__name__)
+        logger.warning("%s: its args are a %s; skipped", path, type(args).__name__)
         return {}
     plain = {}
     for name, value in args.items():
@@ -128,15 +128,15 @@ def read_args(path: Path, args) -> dict:
         if isinstance(name, str) and all(type(v) in PLAIN for v in values):
             plain[name] = value
         else:
-            logger.warning("%s: argument %s is a %s; left out", path, name, type(value).__name__)
+            logger.warning("%s: argument %s is a %s; skipped", path, name, type(value).__name__)
     return plain
 
 
 def weights_of(checkpoint: dict, source: str = "the checkpoint") -> dict[str, Tensor]:
-    """The state dict inside, whichever way it is wrapped, without the prefixes of DDP and compile.
+    """The state dict of a checkpoint, without the prefixes of DDP and compile.
 
     Raises:
-        CheckpointError: there are no weights.
+        CheckpointError: it has no weights.
     """
     weights = checkpoint.get("model", checkpoint)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -155,7 +155,7 @@ def strip_prefixes(name: str) -> str:
 
 
 def checkpoint_type(weights: dict[str, Tensor]) -> str:
-    """ "pre-training", "fine-tuned", "encoder" or "unknown", told by the names of the weights."""
+    """ "pre-training", "fine-tuned", "encoder" or "unknown", by the names of the weights."""
     if "mask_token" in weights:
         return "pre-training"
     if "head.weight" in weights or "head.1.weight" in weights:

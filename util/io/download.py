@@ -1,4 +1,4 @@
-"""Files from the network: https and hf:// addresses, kept in torch's cache folder."""
+"""Downloads: https:// and hf:// URLs, cached in torch's hub folder."""
 
 import hashlib
 import logging
@@ -23,45 +23,44 @@ CHUNK = 1 << 20  # bytes
 
 
 class HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to another https address only."""
+    """Follows redirects to https URLs only."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not newurl.startswith("https://"):
-            raise URLError(f"it leads on to {newurl}, which is not https")
+            raise URLError(f"it redirects to {newurl}, which is not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def fetch(source: str) -> str:
-    """Path of a local copy; a plain path comes back as it is.
+    """Local path of a source; a plain path is returned unchanged.
 
-    A hash, or its beginning, may stand behind the address (https://host/file.pth#sha256=...,
-    hf://owner/repository/file.pth#sha256=...), or in the file's name as torch's own files have it;
-    it is compared then.
+    A SHA-256 hash, or its beginning, may follow the URL (https://host/file.pth#sha256=...,
+    hf://owner/repository/file.pth#sha256=...) or stand in the file name as in torch's own files; it
+    is verified then.
 
     Raises:
-        UserError: the address is neither https nor hf, the file could not be had, or its hash is
-            another.
+        UserError: the URL is neither https:// nor hf://, the download failed, or the hash differs.
     """
     if "://" not in source:
         return source
-    address, fragment = urldefrag(source)
-    name = Path(urlparse(address).path).name or "file"
+    url, fragment = urldefrag(source)
+    name = Path(urlparse(url).path).name or "file"
     wanted = fragment.removeprefix("sha256=") or hash_in(name)
     if source.startswith("hf://"):
-        path = fetch_from_hub(address)
+        path = fetch_from_hub(url)
         if wanted:
-            check_hash(address, file_hash(Path(path)), wanted)
+            check_hash(url, file_hash(Path(path)), wanted)
         return path
     if not source.startswith("https://"):
         raise UserError(
-            f"{source}: only https:// and hf:// addresses are read; download it yourself."
+            f"{source}: only https:// and hf:// URLs are supported; download it yourself."
         )
-    key = hashlib.sha256(address.encode()).hexdigest()[:12]  # names repeat, addresses do not
+    key = hashlib.sha256(url.encode()).hexdigest()[:12]  # file names repeat, URLs do not
     cached = Path(torch.hub.get_dir(), "checkpoints", f"{key}-{name}")
     if not cached.exists():
-        download(address, cached, wanted)
+        download(url, cached, wanted)
     elif wanted:
-        check_hash(address, file_hash(cached), wanted)
+        check_hash(url, file_hash(cached), wanted)
     return str(cached)
 
 
@@ -71,20 +70,20 @@ def hash_in(name: str) -> str:
     return found[1] if found and not found[1].isdecimal() else ""
 
 
-def download(address: str, target: Path, wanted: str) -> None:
+def download(url: str, target: Path, wanted: str) -> None:
     """Download with a progress bar; the file appears at `target` complete or not at all."""
-    logger.info("Downloading %s to %s", address, target)
+    logger.info("Downloading %s to %s", url, target)
     opener = urllib.request.build_opener(HttpsOnly)
-    request = urllib.request.Request(address, headers={"User-Agent": "torch.hub"})
+    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
     digest = hashlib.sha256()
     with atomic_write(target) as tmp_path, open(tmp_path, "wb") as file:
-        for chunk in receive(opener, request, address):
+        for chunk in receive(opener, request, url):
             file.write(chunk)
             digest.update(chunk)
-        check_hash(address, digest.hexdigest(), wanted)
+        check_hash(url, digest.hexdigest(), wanted)
 
 
-def receive(opener, request, address: str) -> Iterator[bytes]:
+def receive(opener, request, url: str) -> Iterator[bytes]:
     """The answer's bytes, chunk by chunk.
 
     Raises:
@@ -102,15 +101,15 @@ def receive(opener, request, address: str) -> Iterator[bytes]:
             raise OSError(f"got {got:,} of {size:,} bytes")
     except (OSError, HTTPException) as error:  # urllib's errors are OSErrors
         raise UserError(
-            f"Could not download {address} ({error}); check the address and the network."
+            f"Could not download {url} ({error}); check the URL and the network."
         ) from error
 
 
-def check_hash(address: str, found: str, wanted: str) -> None:
+def check_hash(url: str, found: str, wanted: str) -> None:
     """Raises UserError unless the hash begins with what is wanted."""
     if not found.startswith(wanted.lower()):
         raise UserError(
-            f"{address} has the SHA-256 {found}, not {wanted}; it is not the file that was meant."
+            f"{url} has the SHA-256 {found}, not {wanted}; it is not the expected file."
         )
 
 
@@ -125,10 +124,10 @@ def fetch_from_hub(source: str) -> str:
 
     owner, repository, *path = [*source.removeprefix("hf://").split("/"), "", ""]
     if not any(path):
-        raise UserError(f"{source} names no file; write hf://owner/repository/path.")
+        raise UserError(f"{source} names no file; use hf://owner/repository/path.")
     try:
         return hf_hub_download(f"{owner}/{repository}", "/".join(path).rstrip("/"))
-    except Exception as error:  # the hub's errors have no common ancestor
+    except Exception as error:  # the hub's errors have no common base class
         raise UserError(
-            f"Could not get {source} ({one_line(error)}); check name and network."
+            f"Could not download {source} ({one_line(error)}); check the name and the network."
         ) from error

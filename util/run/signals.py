@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C end training after an update.
+"""Stop signals: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C end training after a step.
 
-The first signal is noted, the second one ends the process at once. Outside of training they end it
-at once, as in any program.
+The first signal is noted, the second one ends the process at once. Outside of training, signals
+act as in any program.
 """
 
 import multiprocessing
@@ -11,50 +11,50 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_INTERRUPTED = 75  # "try again later" of sysexits.h: the run was saved and is not finished
 
 received: list[int] = []
-before: dict[int, object] = {}  # handlers that were there when watching began
+previous_handlers: dict[int, object] = {}
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop, has saved its state and ends with EXIT_INTERRUPTED."""
+    """The run was asked to stop, has saved its state and exits with EXIT_INTERRUPTED."""
 
     def __init__(self):
         super().__init__(EXIT_INTERRUPTED)
 
 
-def note(number: int, frame) -> None:
-    """Handler: remember the signal; leave the next one to the system."""
+def note_signal(number: int, frame) -> None:
+    """Handler: remember the signal; the next one has its default effect."""
     received.append(number)
     for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_DFL)
 
 
-def watch() -> None:
+def install_handlers() -> None:
     """Note stop signals from now on."""
     received.clear()
     for number in STOP_SIGNALS:
-        before[number] = signal.signal(number, note)
+        previous_handlers[number] = signal.signal(number, note_signal)
 
 
-def unwatch() -> None:
-    """Leave stop signals to whom they belonged before."""
-    for number, handler in before.items():
+def restore_handlers() -> None:
+    """Restore the handlers from before install_handlers."""
+    for number, handler in previous_handlers.items():
         signal.signal(number, handler)
-    before.clear()
+    previous_handlers.clear()
 
 
 def stop_requested() -> bool:
-    """Whether this process has been asked to stop."""
+    """Whether this process has received a stop signal."""
     return bool(received)
 
 
 def ignore_signals_in_worker(worker_id: int) -> None:
-    """Loader processes get the signals of their group too; they must outlive the save."""
+    """worker_init_fn: signals sent to the group reach workers too; they must outlive the save."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def kill_workers() -> None:
-    """End the loader processes at the end of a run; they ignore the polite way."""
+    """Kill the DataLoader workers at the end of a run; they ignore stop signals."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call this a crash
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -1,4 +1,4 @@
-"""The block a researcher checks before going away, and run.json, which keeps it."""
+"""The startup summary in the log, and run.json, which keeps it."""
 
 import datetime
 import json
@@ -13,43 +13,51 @@ from timm.layers import to_2tuple
 
 from util.io.checkpoint_file import plain_args
 from util.io.files import atomic_write
-from util.optim import choose_amp_dtype
 
 logger = logging.getLogger(__name__)
 
 
-def log_startup_summary(args, model, lr_text: str, attention: str, data_text: str) -> None:
-    """The block a researcher checks before going away."""
+def startup_summary(
+    args, model, lr_text: str, attention_text: str, amp_dtype: torch.dtype | None, data_text: str
+) -> dict[str, str]:
+    """What a researcher checks before leaving a run alone, as {name: text}."""
     num_params = sum(p.numel() for p in model.parameters())
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    effective = args.batch_size * args.accum_iter * args.world_size
-    size = to_2tuple(args.input_size)
-    amp_dtype = choose_amp_dtype(args.amp, args.device)
+    height, width = to_2tuple(args.input_size)
+    patch_embed = model.patch_embed
     precision = f"{str(amp_dtype).removeprefix('torch.')} autocast" if amp_dtype else "float32"
-    where = str(args.device)
+    device = str(args.device)
     if args.device.type == "cuda":
         precision += ", TF32 for the rest"
-        where += f" ({torch.cuda.get_device_name(args.device)})"
+        device += f" ({torch.cuda.get_device_name(args.device)})"
     else:
-        where += f" ({torch.get_num_threads()} threads)"
-    lines = {
+        device += f" ({torch.get_num_threads()} threads)"
+    return {
         "model": f"{args.model}, {num_trainable / 1e6:.2f} M trainable of {num_params / 1e6:.2f} M "
         "parameters",
-        "input": f"{args.in_chans} x {size[0]} x {size[1]}, patch {model.patch_embed.patch_size}, "
-        f"{model.patch_embed.num_patches} patches",
+        "input": f"{args.in_chans} x {height} x {width}, patch {patch_embed.patch_size}, "
+        f"{patch_embed.num_patches} patches",
         "effective batch": f"{args.batch_size} × {args.accum_iter} accum × {args.world_size} "
-        f"process{'es' if args.world_size > 1 else ''} = {effective}",
+        f"rank{'s' if args.world_size > 1 else ''} = {effective_batch_size(args)}",
         "learning rate": lr_text,
         "precision": precision,
-        "device": where + (f", {args.dist_backend}" if args.dist_backend else ""),
-        "attention": attention,
+        "device": device + (f", {args.dist_backend}" if args.dist_backend else ""),
+        "attention": attention_text,
         "data": data_text,
         "output": args.output_dir or "(nothing is written)",
     }
-    for name, text in lines.items():
+
+
+def effective_batch_size(args) -> int:
+    """Images per optimizer step, over all ranks."""
+    return args.batch_size * args.accum_iter * args.world_size
+
+
+def log_summary(args, summary: dict[str, str]) -> None:
+    """Log the summary, then the learning-rate lines that users of the MAE family search for."""
+    for name, text in summary.items():
         logger.info("%-16s %s", name, text)
-    if args.rank == 0 and args.output_dir:
-        write_run_json(args, effective, lines)
+    effective = effective_batch_size(args)
     logger.info("base lr: %.2e", args.lr * 256 / effective)
     logger.info("actual lr: %.2e", args.lr)
     logger.info("accumulate grad iterations: %d", args.accum_iter)
@@ -61,20 +69,22 @@ def log_startup_summary(args, model, lr_text: str, attention: str, data_text: st
         )
 
 
-def write_run_json(args, effective_batch: int, start_block: dict[str, str]) -> None:
-    """run.json in the output folder: what was run, with what, on what."""
-    manifest = {
+def write_run_json(args, summary: dict[str, str]) -> None:
+    """run.json in the output folder of rank 0: command, arguments, versions, summary."""
+    if args.rank or not args.output_dir:
+        return
+    content = {
         "command": sys.argv,
         "args": plain_args(args),
-        "effective_batch": effective_batch,
-        "start": start_block,
+        "effective_batch": effective_batch_size(args),
+        "start": summary,
         "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
         "python": sys.version.split()[0],
         "commit": read_commit(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    text = json.dumps(manifest, indent=1, ensure_ascii=False)
     with atomic_write(Path(args.output_dir, "run.json")) as tmp_path:
+        text = json.dumps(content, indent=1, ensure_ascii=False)
         tmp_path.write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,11 @@
-"""What one epoch of training reports: losses that wait on the device, progress lines, TensorBoard.
+"""What one epoch of training logs: losses kept on the device, progress lines, TensorBoard.
 
-A step never waits for the device: losses and gradient norms stay there and are fetched together
-every few iterations. All processes fetch at the same iterations, so they also stop at the same one.
+A step never waits for the device: losses and gradient norms stay there and are read together every
+few iterations. All ranks read at the same iterations, so they also stop at the same one.
 """
 
 import logging
+import math
 import time
 
 import torch
@@ -17,11 +18,11 @@ from util.metrics import MetricLogger, SmoothedValue
 logger = logging.getLogger(__name__)
 
 PRINT_FREQ = 20  # iterations
-DATA_SHARE_HINT = 0.3  # share of the time spent waiting for batches above which a hint is printed
+DATA_WAIT_HINT = 0.3  # fraction of the time spent waiting for data above which a hint is logged
 
 
 class TrainLog:
-    """Reports one epoch; the engine iterates through it and adds what each iteration gave."""
+    """Log of one epoch; the engine iterates through it and adds the result of each iteration."""
 
     def __init__(
         self, epoch: int, data_loader, loss_tag: str, writer, loss_scaler, args, state=None
@@ -31,7 +32,7 @@ class TrainLog:
             loss_tag: name of the loss in TensorBoard.
             writer: TensorBoard writer, or None.
             args: accum_iter; optional skip_nonfinite, skip_bad_images, num_workers, compile.
-            state: a RunState, or None: start at the beginning, save nothing on the way.
+            state: a RunState, or None to start at the beginning.
         """
         self.epoch = epoch
         self.data_loader = data_loader
@@ -41,137 +42,133 @@ class TrainLog:
         self.max_skipped = getattr(args, "skip_nonfinite", 0)
         self.num_workers = getattr(args, "num_workers", None)
         self.skips_bad_images = getattr(args, "skip_bad_images", False)
-        self.compiles = getattr(args, "compile", False) and state is not None and state.is_first
-        self.state = state
+        self.first_iteration = state.iteration if state is not None else 0
+        self.last_saved = state.last_saved if state is not None else ""
+        is_first_epoch = state is not None and state.is_first_epoch
+        self.times_first_step = getattr(args, "compile", False) and is_first_epoch
         self.skipped = 0
-        self.in_bad_update = False  # an iteration of the update that is being added up was bad
-        self.waiting: list[tuple[int, float, Tensor, Tensor | None]] = []
+        self.in_bad_step = False  # an iteration of the accumulated step was not finite
+        self.unread: list[tuple[int, float, Tensor, Tensor | None]] = []
         self.metrics = MetricLogger()
         self.metrics.add_meter("lr", SmoothedValue(1, "{value:.6f}"))
         self.metrics.add_meter("loss", SmoothedValue())
         if state is not None:
-            self.skipped = state.load_meters(self.metrics)
+            self.skipped = state.restore_meters(self.metrics)
 
     def iterate(self):
-        """Yield (iteration, batch) for what is left of the epoch, printing on the way."""
-        first = self.state.iteration if self.state is not None else 0
-        header = f"Epoch: [{self.epoch}]"
+        """Yield (iteration, batch) for the rest of the epoch, and log progress lines."""
+        first, header = self.first_iteration, f"Epoch: [{self.epoch}]"
         batches = self.metrics.log_every(self.data_loader, PRINT_FREQ, header, first, self.read)
         for iteration, batch in batches:
             start = time.perf_counter()
             yield iteration, batch
-            if self.compiles and iteration == first:
+            if self.times_first_step and iteration == first:
                 seconds = time.perf_counter() - start
                 logger.info("First step: %.1f s, most of it for --compile", seconds)
 
     def add(self, iteration: int, optimizer, loss: Tensor, grad_norm: Tensor | None) -> None:
-        """Note one iteration; grad_norm is given where the weights were updated."""
+        """Note one iteration; grad_norm is given where the optimizer took a step."""
         lr = max(group["lr"] for group in optimizer.param_groups)
-        self.waiting.append((iteration, lr, loss.detach(), grad_norm))
-        if loss.device.type == "cpu" or len(self.waiting) == PRINT_FREQ:  # on a CPU reading is free
+        self.unread.append((iteration, lr, loss.detach(), grad_norm))
+        if loss.device.type == "cpu" or len(self.unread) == PRINT_FREQ:  # on a CPU it costs nothing
             self.read()
-        if self.state is not None and grad_norm is not None:
-            self.state.after_update(iteration + 1, self)
 
     def read(self) -> None:
-        """Fetch what waits; feed the meters and TensorBoard.
+        """Read losses and norms from the device into the meters and TensorBoard.
 
         Raises:
-            NonFiniteLoss: on every process, if any of them had too many.
+            NonFiniteLoss: on every rank, if too many were not finite.
         """
-        if not self.waiting:
+        if not self.unread:
             return
-        losses = torch.stack([loss.float() for _, _, loss, _ in self.waiting])
+        losses = torch.stack([loss.float() for _, _, loss, _ in self.unread])
         losses = (all_reduce_sum(losses) / get_world_size()).tolist()
-        norms = fetch([norm for *_, norm in self.waiting])
-        for (iteration, lr, _, _), loss, norm in zip(self.waiting, losses, norms, strict=True):
-            has_norm = norm is not None and not self.is_bad(norm)
-            bad_norm = norm is not None and not has_norm and not self.is_scaled
-            is_bad = self.is_bad(loss) or bad_norm
-            if is_bad and not self.in_bad_update:  # one update is one step, of many iterations
-                self.skip(iteration, "Loss" if self.is_bad(loss) else "Gradient norm", loss, norm)
-            self.in_bad_update = (is_bad or self.in_bad_update) and norm is None
-            if is_bad:
-                continue
-            self.metrics.update(lr=lr, loss=loss)
-            if has_norm:
-                self.metrics.update(grad_norm=norm)
-            if norm is not None:
-                scalars = {self.loss_tag: loss, "lr": lr}
-                self.write(iteration, scalars | ({"grad_norm": norm} if has_norm else {}))
-        self.waiting.clear()
+        norms = to_floats([norm for *_, norm in self.unread])
+        for (iteration, lr, _, _), loss, norm in zip(self.unread, losses, norms, strict=True):
+            self.read_one(iteration, lr, loss, norm)
+        self.unread.clear()
 
-    @property
-    def is_scaled(self) -> bool:
-        """fp16 loss scaling is on, under which non-finite gradients are ordinary."""
-        return self.loss_scaler.scaler.is_enabled()
+    def read_one(self, iteration: int, lr: float, loss: float, norm: float | None) -> None:
+        has_norm = norm is not None and math.isfinite(norm)
+        # Under fp16 loss scaling, non-finite gradients are ordinary.
+        bad_norm = norm is not None and not has_norm and not self.loss_scaler.scaler.is_enabled()
+        is_bad = not math.isfinite(loss) or bad_norm
+        if is_bad and not self.in_bad_step:  # one optimizer step counts once
+            self.skip(
+                iteration, *(("Gradient norm", norm) if math.isfinite(loss) else ("Loss", loss))
+            )
+        self.in_bad_step = (is_bad or self.in_bad_step) and norm is None
+        if is_bad:
+            return
+        self.metrics.update(lr=lr, loss=loss)
+        if has_norm:
+            self.metrics.update(grad_norm=norm)
+        if norm is not None:
+            scalars = {self.loss_tag: loss, "lr": lr}
+            self.write(iteration, scalars | ({"grad_norm": norm} if has_norm else {}))
 
-    @staticmethod
-    def is_bad(x: float) -> bool:
-        return x - x != 0
-
-    def skip(self, iteration: int, what: str, loss: float, norm: float | None) -> None:
+    def skip(self, iteration: int, name: str, value: float) -> None:
         """Count a step that changed nothing, or stop."""
-        value = loss if what == "Loss" else norm
         self.skipped += 1
         where = f"epoch {self.epoch}, iteration {iteration}"
         if self.skipped > self.max_skipped:
-            saved = getattr(self.state, "last_saved", "")
+            last = f"the last checkpoint is {self.last_saved}" if self.last_saved else ""
             raise NonFiniteLoss(
-                f"{what} is {value}, stopping training: {where}; "
-                + (f"the last good checkpoint is {saved}." if saved else "nothing was saved yet.")
+                f"{name} is {value}, stopping training: {where}; {last or 'nothing was saved yet'}."
             )
         logger.warning(
             "%s is %s at %s: step skipped (%d of at most %d in this epoch)",
-            *(what, value, where, self.skipped, self.max_skipped),
+            *(name, value, where, self.skipped, self.max_skipped),
         )
 
     def write(self, iteration: int, scalars: dict[str, float]) -> None:
-        """Scalars of one iteration; the axis is epoch x 1000, whatever the batch size."""
+        """Scalars of one iteration; the axis is epoch x 1000 at every batch size.
+
+        Raises:
+            UserError: TensorBoard's file cannot be written.
+        """
         if self.writer is not None:
             x = int((iteration / len(self.data_loader) + self.epoch) * 1000)
             try:
                 for tag, value in scalars.items():
                     self.writer.add_scalar(tag, value, x)
-            except OSError as error:  # its thread's, handed on
+            except OSError as error:  # raised in its thread, then handed on
                 raise UserError(
                     f"Cannot write TensorBoard's file in {self.writer.log_dir} "
-                    f"({error.strerror}); the checkpoint before is as it was."
+                    f"({error.strerror}); the last checkpoint is intact."
                 ) from error
 
     def finish(self) -> dict[str, float]:
-        """Read the rest, print the epoch's lines, return the mean of every meter."""
+        """Read the rest, log the epoch's lines, return the mean of every meter."""
         self.read()
         metrics = self.metrics
-        share, speed = metrics.data_share, metrics.images_per_second
+        data_wait, speed = metrics.data_wait, metrics.images_per_second
         logger.info("Averaged stats: %s", metrics)
         logger.info(
             "Epoch: [%d] %.1f img/s, waited for data %.0f %% of the time",
-            *(self.epoch, speed, 100 * share),
+            *(self.epoch, speed, 100 * data_wait),
         )
-        if share > DATA_SHARE_HINT and self.num_workers is not None:
-            logger.info(
-                "The model waits for images: raise --num_workers (now %d)", self.num_workers
-            )
+        if data_wait > DATA_WAIT_HINT and self.num_workers is not None:
+            logger.info("Training waits for images: raise --num_workers (now %d)", self.num_workers)
         scalars = {
             "img_per_s": speed,
-            "data_wait": share,
+            "data_wait": data_wait,
             "loss_scale": self.loss_scaler.loss_scale,
         }
-        last = len(self.data_loader) - 1  # the next step is where a resumed run takes back
+        last = len(self.data_loader) - 1  # the next step is what a resumed run purges
         self.write(last, scalars)
         return metrics.averages() | self.count_replaced()
 
     def count_replaced(self) -> dict[str, int]:
-        """Pictures that --skip_bad_images replaced in this epoch, on all processes together."""
+        """Images that --skip_bad_images replaced in this epoch, over all ranks."""
         if not self.skips_bad_images:
             return {}
         count = torch.tensor(float(self.data_loader.num_replaced), device=self.data_loader.device)
         return {"replaced": int(all_reduce_sum(count))}
 
 
-def fetch(values: list[Tensor | None]) -> list[float | None]:
-    """The numbers behind the tensors, in one transfer."""
+def to_floats(values: list[Tensor | None]) -> list[float | None]:
+    """The values of tensors, in one transfer; None stays None."""
     present = [value for value in values if value is not None]
     numbers = iter(torch.stack(present).tolist() if present else [])
     return [None if value is None else next(numbers) for value in values]

@@ -1,0 +1,54 @@
+"""Checks of fine-tuning's flags against the data, before any image is read."""
+
+import logging
+from pathlib import Path
+
+from util.data.image_io import find_classes
+from util.data.transforms import build_transform
+from util.datasets import check_same_classes
+from util.io.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_POLICY = "rand-m9-mstd0.5-inc1"
+
+
+def drop_default_policy(args) -> None:
+    """Without 3 channels, replace the default --aa, which works on colors, by none."""
+    if args.in_chans != 3 and args.aa == DEFAULT_POLICY:
+        args.aa = ""
+        logger.info("Without --aa: it works on 3 channels")
+
+
+def check_augmentation(args) -> None:
+    """Raises UserError if --aa is not a policy, or works on colors and there are none."""
+    if args.in_chans != 3 and (args.aa or args.color_jitter):
+        raise UserError("--aa and --color_jitter work on 3 channels; leave them out (--aa '').")
+    try:
+        build_transform(True, args)
+    except AssertionError as error:  # timm's answer to an unknown policy
+        raise UserError(
+            f"--aa {args.aa} is not a policy of timm; {DEFAULT_POLICY}, augmix-m5-w4-d2 and "
+            "original-mstd0.5 are, '' is none."
+        ) from error
+
+
+def check_classes(args) -> None:
+    """Compare the class folders of train/ and val/, and set or check --nb_classes.
+
+    Looks at folder names only, so it takes no longer for a million images.
+
+    Raises:
+        UserError: training and validation classes differ, or --nb_classes is not their count.
+    """
+    splits = ["val"] if args.eval else ["train", "val"]
+    classes, *others = (find_classes(Path(args.data_path, split)) for split in splits)
+    for other in others:
+        check_same_classes(args.data_path, classes, other)
+    if args.nb_classes is None:
+        args.nb_classes = len(classes)
+    elif args.nb_classes != len(classes):
+        raise UserError(
+            f"--nb_classes is {args.nb_classes} but {args.data_path} has {len(classes)} class "
+            "folders; correct the flag or leave it out."
+        )

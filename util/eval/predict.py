@@ -1,0 +1,36 @@
+"""--predict: classify unlabelled images with a fine-tuned checkpoint."""
+
+import logging
+from pathlib import Path
+
+from util.build import load_trained
+from util.eval.inference import list_images
+from util.eval.report import name_classes, predict_files
+from util.io.errors import UserError
+from util.run.output_dir import prepare_output
+
+logger = logging.getLogger(__name__)
+
+RUN_FLAGS = ("device", "amp", "batch_size", "num_workers", "pin_mem", "prefetch")
+
+
+def predict(args) -> None:
+    """Write predictions.csv; everything about model and images comes from the checkpoint.
+
+    Raises:
+        UserError: the checkpoint is not a classifier.
+    """
+    model, trained = load_trained(args.resume, model=args.model)
+    if model.kind != "classifier":
+        raise UserError(
+            f"{args.resume} is a pre-training checkpoint, which has no classes; --predict needs a "
+            "fine-tuned one."
+        )
+    for name in RUN_FLAGS:
+        setattr(trained, name, getattr(args, name))
+    prepare_output(args)
+    if args.rank == 0:
+        path = Path(args.output_dir or ".", "predictions.csv")
+        classes = name_classes(trained, trained.nb_classes)
+        predict_files(model.to(args.device), list_images([args.predict]), classes, trained, path)
+        logger.info("Predictions in %s", path)

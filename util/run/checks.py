@@ -1,0 +1,127 @@
+"""Checks of flags that need no data: ranges, and combinations that cannot act."""
+
+import argparse
+import logging
+from collections.abc import Iterable
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from util.io.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RANGES = {  # flags of both scripts, in interval notation
+    **dict.fromkeys(
+        "batch_size accum_iter epochs in_chans patch_size prefetch".split(), "[1, inf)"
+    ),
+    **dict.fromkeys("save_every dist_timeout input_size".split(), "[1, inf)"),
+    **dict.fromkeys(
+        "num_workers start_epoch skip_nonfinite warmup_epochs seed".split(), "[0, inf)"
+    ),
+    **dict.fromkeys("save_every_minutes keep_every keep_last".split(), "[0, inf)"),
+    **dict.fromkeys("lr blr min_lr weight_decay".split(), "[0, inf)"),
+    "clip_grad": "(0, inf)",
+    "std": "(0, inf)",
+}
+
+
+def check_ranges(args: argparse.Namespace, ranges: dict[str, str]) -> None:
+    """Compare flags with intervals such as "[0, 1)"; flags that were not given are skipped.
+
+    Raises:
+        UserError: a value lies outside its interval, or is not a number.
+    """
+    for name, interval in ranges.items():
+        values = getattr(args, name, None)
+        for value in values if isinstance(values, (list, tuple)) else [values]:
+            if value is not None and not is_inside(value, interval):
+                raise UserError(f"--{name} is {value}; it must be {in_words(interval)}.")
+
+
+def is_inside(value: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def in_words(interval: str) -> str:
+    """ "[1, inf)" -> "at least 1"; a bounded interval stays as it is written."""
+    low, high = interval[1:-1].split(", ")
+    if high != "inf":
+        return f"in {interval}"
+    return f"at least {low}" if interval[0] == "[" else f"above {low}"
+
+
+def refuse(rules: Iterable[tuple[bool, str]]) -> None:
+    """Raises UserError with the message of the first rule whose condition holds."""
+    for is_broken, message in rules:
+        if is_broken:
+            raise UserError(message)
+
+
+def check_shared(args: argparse.Namespace) -> None:
+    """Refuse flags of both scripts that cannot act.
+
+    Raises:
+        UserError: with the flag, its value and the remedy.
+    """
+    check_ranges(args, RANGES)
+    refuse(
+        [
+            (
+                bool(args.keep_last and not args.keep_every),
+                "--keep_last needs checkpoint-EPOCH.pth files: give --keep_every too.",
+            ),
+            (
+                bool(args.save_every_minutes and not args.output_dir),
+                "--save_every_minutes has nowhere to save: give --output_dir.",
+            ),
+            (
+                not args.data_path,
+                "--data_path is empty (an unset variable?); name the folder of the data.",
+            ),
+            (
+                args.compile and args.grad_checkpointing,
+                "--compile plans memory itself: leave out --grad_checkpointing.",
+            ),
+            (
+                args.skip_bad_images and getattr(args, "eval", False),
+                "--skip_bad_images is for training; --eval counts every image: leave it out.",
+            ),
+            (
+                args.resume == "auto" and not args.output_dir,
+                "--resume auto looks in the output folder: give --output_dir.",
+            ),
+        ]
+    )
+
+
+def set_mean_std(args: argparse.Namespace) -> None:
+    """Mean and std of every channel: the flags', ImageNet's for 3 channels, else 0.5.
+
+    Raises:
+        UserError: their number does not match --in_chans, or a std is not above 0.
+    """
+    imagenet = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    defaults = imagenet if args.in_chans == 3 else ([0.5], [0.5])
+    for name, default in zip(("mean", "std"), defaults, strict=True):
+        values = list(getattr(args, name) or default)
+        if len(values) not in (1, args.in_chans):
+            raise UserError(
+                f"--{name} has {len(values)} values for {args.in_chans} channels; give one for "
+                "each channel, or one for all."
+            )
+        setattr(args, name, values * (args.in_chans if len(values) == 1 else 1))
+    check_ranges(args, {"std": RANGES["std"]})
+
+
+def warn_ignored(args: argparse.Namespace, parser, reasons: dict[str, str]) -> None:
+    """Warn about flags that were given and have no effect in this run.
+
+    Args:
+        reasons: why, by the flag's name.
+    """
+    for name, reason in reasons.items():
+        value, default = getattr(args, name), parser.get_default(name)
+        if value != default and (default is not None or value):
+            logger.warning("--%s does nothing here: %s", name, reason)
