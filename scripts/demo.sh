@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The whole path on real pictures, in minutes and without a GPU: write the pictures, pre-train a small
-# CrossMAE, fine-tune it with few labels, do the same from scratch to compare, evaluate, draw.
+# The whole path on real images, in minutes and without a GPU: write the images, pre-train a small
+# CrossMAE, fine-tune it with few labels, train the same model from scratch, evaluate, visualize.
 #     bash scripts/demo.sh [OUTPUT_FOLDER, default: output/demo in the repository]
-# A second call re-uses the installed packages and the pictures, and trains again.
+# A second call reuses the installed packages and the images, and trains again.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 OUT="${1:-$ROOT/output/demo}"
 case "$OUT" in /*) ;; *) OUT="$PWD/$OUT" ;; esac
-MARK="$OUT/.crossmae-demo" # says that the folder is this script's own
+MARK="$OUT/.crossmae-demo" # marks folders that this script may overwrite
 
-# The settings. What pre-training is worth shows where labels are few: 10 per class here.
+# Pre-training pays off when labels are few: 10 per class here.
 pretrain=(
     --model mae_vit_mini_patch4 --input_size 32 --cross_mae --weight_fm --use_input
     --decoder_depth 4 --mask_ratio 0.75 --kept_mask_ratio 0.25 --norm_pix_loss
@@ -30,7 +30,7 @@ next_step() {
     printf '\n== %d/7  %s  (%d s so far)\n' "$step" "$title" $((SECONDS - started))
 }
 
-# Accuracy of the last epoch's weights (not of the best epoch) on the 500 validation pictures.
+# Accuracy of the last epoch (not of the best one) on the 500 validation images.
 evaluate() {
     python main_finetune.py --eval --resume "$1/checkpoint.pth" "${classifier[@]}" \
         --batch_size 100 --data_path "$OUT/data/few" | tee "$1/eval.txt"
@@ -47,9 +47,9 @@ END
 }
 
 if [ -e "$OUT" ] && [ ! -e "$MARK" ] && [ -n "$(ls -A "$OUT")" ]; then
-    stop "$OUT is not empty and not the output of an earlier demo; name another folder."
+    stop "$OUT is not empty and not the output of an earlier demo; choose another folder."
 fi
-mkdir -p "$OUT" || stop "cannot make the folder $OUT."
+mkdir -p "$OUT" || stop "cannot create the folder $OUT."
 touch "$MARK" || stop "cannot write into $OUT."
 setup_environment requirements.txt scripts/requirements-demo.txt
 rm -rf "$OUT/pretrain" "$OUT/finetune" "$OUT/scratch" "$OUT/reconstructions.png"
@@ -57,19 +57,19 @@ cd "$ROOT"
 
 started=$SECONDS
 trap 'printf "Stopped in step %d, \"%s\": the reason is above.\n" "$step" "$title" >&2' ERR
-next_step "Pictures: 1,797 handwritten digits as PNG files"
+next_step "Images: 1,797 handwritten digits as PNG files"
 python -m tools.demo_data "$OUT/data"
 
-next_step "Pre-training a small CrossMAE on 1,297 pictures, without their labels"
+next_step "Pre-training a small CrossMAE on 1,297 images without labels"
 torchrun --standalone --nproc_per_node=1 main_pretrain.py "${pretrain[@]}" \
     --data_path "$OUT/data" --output_dir "$OUT/pretrain"
 
-next_step "Fine-tuning it with 10 labelled pictures per class"
+next_step "Fine-tuning it with 10 labeled images per class"
 torchrun --standalone --nproc_per_node=1 main_finetune.py "${classifier[@]}" "${finetune[@]}" \
     --finetune "$OUT/pretrain/checkpoint.pth" \
     --data_path "$OUT/data/few" --output_dir "$OUT/finetune"
 
-next_step "The same fine-tuning from scratch, to compare"
+next_step "The same fine-tuning from scratch, for comparison"
 torchrun --standalone --nproc_per_node=1 main_finetune.py "${classifier[@]}" "${finetune[@]}" \
     --data_path "$OUT/data/few" --output_dir "$OUT/scratch"
 
@@ -84,8 +84,8 @@ python -m tools.visualize --checkpoint "${OUT#"$ROOT"/}/pretrain/checkpoint.pth"
 next_step "Done"
 cat <<END
 loss        $(loss_of "$OUT/pretrain") (pre-training)
-accuracy    $(accuracy_of "$OUT/finetune") % with pre-training, $(accuracy_of "$OUT/scratch") % without it (10 labels per class, 500 other pictures)
+accuracy    $(accuracy_of "$OUT/finetune") % with pre-training, $(accuracy_of "$OUT/scratch") % without it (10 labels per class, 500 held-out images)
 checkpoint  $OUT/finetune/checkpoint.pth
-to look at  TensorBoard folder $OUT/pretrain, picture $OUT/reconstructions.png
-to go on    cd $(printf %q "$ROOT") && .venv/bin/python main_finetune.py ${classifier[*]} --batch_size 32 --epochs 10 --warmup_epochs 1 --lr 1e-3 --aa '' --reprob 0 --finetune $(printf '%q --data_path %q --output_dir %q' "$OUT/pretrain/checkpoint.pth" "$OUT/data" "$OUT/finetune-all")
+inspect     TensorBoard folder $OUT/pretrain, figure $OUT/reconstructions.png
+next        cd $(printf %q "$ROOT") && .venv/bin/python main_finetune.py ${classifier[*]} --batch_size 32 --epochs 10 --warmup_epochs 1 --lr 1e-3 --aa '' --reprob 0 --finetune $(printf '%q --data_path %q --output_dir %q' "$OUT/pretrain/checkpoint.pth" "$OUT/data" "$OUT/finetune-all")
 END

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one call of under 8 minutes: correctness first, then the tables
-# of docs/performance.md.
+# All checks that need a GPU, in one call of under 8 minutes: correctness tests, then the benchmarks of
+# docs/performance.md.
 #     bash scripts/gpu_check.sh [OUTPUT_FOLDER, default: output/gpu]
-# Uses the python of .venv if there is one, else the one on the PATH (with torch, torchvision, timm).
-# On a machine without a GPU it runs two tiny rows on the CPU, to try the script itself.
+# Uses the Python of .venv if it exists, else python3 on the PATH (with torch, torchvision, timm).
+# Without a GPU it runs two tiny benchmarks on the CPU, to test the script itself.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 OUT="${1:-$ROOT/output/gpu}"
@@ -25,7 +25,7 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     rows+=("--model mae_vit_base_patch16 --batch_size 1024 --kept_mask_ratio 0.25 --steps 10")
     rows+=("--what eval --model vit_base_patch16 --batch_size 256 --steps 20")
 else
-    echo "No GPU here: two tiny rows on the CPU, to try the script."
+    echo "No GPU found: running two tiny benchmarks on the CPU to test the script."
     rows=("--model mae_vit_mini_patch4 --input_size 32 --batch_size 4 --repeats 2")
     rows+=("--what eval --model vit_mini_patch4 --input_size 32 --batch_size 4 --repeats 2")
 fi
@@ -34,7 +34,7 @@ fi
 status=0
 for row in "${rows[@]}"; do
     echo "== $row"
-    # shellcheck disable=SC2086  # the row is a list of words
+    # shellcheck disable=SC2086  # split the row into words
     if "$PYTHON" -m tools.benchmark $row --json >"$OUT/last.txt" 2>"$OUT/last.err"; then
         sed '$d' "$OUT/last.txt"
         tail -n 1 "$OUT/last.txt" >>"$OUT/results.jsonl"

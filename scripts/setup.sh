@@ -1,14 +1,14 @@
-# Sourced by demo.sh, test.sh and .ci/run, not run by itself. After
+# Sourced by demo.sh, test.sh and .ci/run, not run directly. After
 #
 #     setup_environment requirements.txt [more requirement files, relative to $ROOT]
 #
-# $ROOT/.venv exists, holds these requirements and comes first on PATH. An existing .venv is used; pip
-# is called only for requirement files that it has not seen in this form.
+# $ROOT/.venv exists, has these requirements installed and comes first on PATH. An existing .venv is
+# used; pip runs only for requirement files that are new or have changed.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-# A few threads do for the small models of demo and tests. Threads that wait only briefly before they
-# leave their core to others lose nothing when alone, and are many times faster beside busy programs.
+# A few threads suffice for the small models of demo and tests. A short spin time costs nothing on an
+# idle machine and makes runs many times faster when other programs use the cores.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-6000}"
 CORES="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES < 4 ? CORES : 4))}"
@@ -29,18 +29,18 @@ make_venv() {
     local candidate
     for candidate in python3 python3.13 python3.12 python3.11; do
         if is_new_python "$candidate"; then
-            say "Making .venv with $("$candidate" --version) ($(command -v "$candidate"))"
+            say "Creating .venv with $("$candidate" --version) ($(command -v "$candidate"))"
             "$candidate" -m venv "$ROOT/.venv" && return
             rm -rf "$ROOT/.venv"
-            stop "'$candidate -m venv' failed, its message is above (on Debian and Ubuntu the" \
+            stop "'$candidate -m venv' failed, see its message above (on Debian and Ubuntu the" \
                 "package python3-venv may be missing)."
         fi
     done
     stop "no Python 3.11 or newer was found (tried python3, python3.13, python3.12, python3.11)."
 }
 
-# Run a command that may be silent for minutes, and show every 20 seconds that it is alive.
-with_sign_of_life() {
+# Run a command that may be silent for minutes and print progress every 20 seconds.
+with_progress() {
     local start=$SECONDS ticker status=0
     while sleep 20 >/dev/null && kill -0 $$; do
         printf '   ... %d s, %s in .venv\n' $((SECONDS - start)) "$(du -sh "$ROOT/.venv/" | cut -f1)"
@@ -59,21 +59,21 @@ setup_environment() {
     [ -e "$ROOT/.venv" ] || make_venv
     is_new_python "$ROOT/.venv/bin/python" ||
         stop "$ROOT/.venv exists, but $ROOT/.venv/bin/python does not run or is older than" \
-            "Python 3.11. Delete that folder and start again."
+            "Python 3.11. Delete that folder and run this again."
 
     for file in "$@"; do
-        [ -f "$ROOT/$file" ] || stop "$ROOT/$file is not there; is this a whole copy of the project?"
+        [ -f "$ROOT/$file" ] || stop "$ROOT/$file is missing; is this a complete copy of the repository?"
         line="$(cd "$ROOT" && cksum "$file")"
         grep -qsxF "$line" "$stamp" || missing+=("$file")
     done
     if [ ${#missing[@]} -gt 0 ]; then
         say "Installing into .venv: ${missing[*]} (once; PyTorch is a download of 2-3 GB)"
-        with_sign_of_life "$ROOT/.venv/bin/python" -m pip install --disable-pip-version-check \
+        with_progress "$ROOT/.venv/bin/python" -m pip install --disable-pip-version-check \
             "${missing[@]/#/-r$ROOT/}" </dev/null ||
-            stop "pip could not install ${missing[*]}; its reason is above."
+            stop "pip could not install ${missing[*]}; see its message above."
         (cd "$ROOT" && .venv/bin/python -c 'import torch, torchvision, timm, tensorboard') </dev/null ||
             stop "the packages are installed but cannot be imported together (message above);" \
-                "torch and torchvision must come from the same place, see README.md, Install."
+                "torch and torchvision must come from the same index, see docs/install.md."
         for file in "${missing[@]}"; do
             line="$(cd "$ROOT" && cksum "$file")"
             { grep -sv " $file\$" "$stamp" || true; echo "$line"; } >"$stamp.new"

@@ -1,4 +1,4 @@
-"""README.md promises commands, files and links: every one of them is looked at here.
+"""README.md and docs/*.md: every command, file, link and cited test is checked.
 
 A command is parsed by the parser that would parse it for real: torchrun's own, then that of
 main_pretrain, main_finetune or the tool. Nothing is started.
@@ -13,21 +13,36 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
 SEED_COMMANDS = json.loads((ROOT / "tests/parity/cli.json").read_text())["seed_commands"]
+WRITTEN_BY_A_RUN = ("log.txt", "features.txt", "confusion.png")
 
 
 def shell_commands(text: str) -> list[list[str]]:
-    """The commands in the ```sh blocks of a Markdown text, as words, without VAR=value in front."""
+    """Commands of a Markdown text as words: ```sh blocks, and `python ...` or `bash ...` inline.
+
+    VAR=value and srun in front of a command are removed, and & behind it.
+    """
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`((?:python|bash) [^`…]*)`", outside_of_blocks(text))
     commands = []
-    for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for block in [*blocks, *inline]:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            while words and re.fullmatch(r"[A-Z_][A-Z0-9_]*=.*", words[0]):
+            while words and (words[0] == "srun" or re.fullmatch(r"[A-Z_][A-Z0-9_]*=.*", words[0])):
                 words.pop(0)
+            if words and words[-1] == "&":
+                words.pop()
             if words:
                 commands.append(words)
     return commands
+
+
+def outside_of_blocks(text: str) -> str:
+    """A Markdown text without its ``` blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def program_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
@@ -42,30 +57,41 @@ def program_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
     return None
 
 
+def has_parser(program: str) -> bool:
+    """Whether the program is a main script or a tool; `tools.NAME` stands for all tools."""
+    return re.fullmatch(r"main_\w+\.py|tools\.[a-z_]+", program) is not None
+
+
 def parse(program: str, arguments: list[str]):
     """The arguments as the program's own parser reads them."""
     module = importlib.import_module(program.removesuffix(".py"))
     return module.get_args_parser().parse_args(arguments)
 
 
-COMMANDS = shell_commands(README)
-PROGRAMS = [found for found in map(program_and_arguments, COMMANDS) if found is not None]
-OURS = [
-    (program, arguments)
-    for program, arguments in PROGRAMS
-    if program.endswith(".py") or program.startswith("util.")
+COMMANDS = {page: shell_commands(text) for page, text in TEXTS.items()}
+PROGRAMS = {
+    page: [found for found in map(program_and_arguments, commands) if found is not None]
+    for page, commands in COMMANDS.items()
+}
+PARSED = [
+    pytest.param(program, arguments, id=f"{page}-{i}-{program}")
+    for page, programs in PROGRAMS.items()
+    for i, (program, arguments) in enumerate(programs)
+    if has_parser(program) and arguments != ["--help"]
+]
+README_PROGRAMS = [
+    (program, arguments) for program, arguments in PROGRAMS["README.md"] if has_parser(program)
 ]
 
 
 def test_there_is_something_to_check():
-    assert len(OURS) >= 8
-    assert {"main_pretrain.py", "main_finetune.py"} <= {program for program, _ in OURS}
+    assert len(README_PROGRAMS) >= 6
+    assert len(PARSED) >= 40
+    assert {"main_pretrain.py", "main_finetune.py"} <= {program for program, _ in README_PROGRAMS}
 
 
-@pytest.mark.parametrize(
-    ("program", "arguments"), OURS, ids=[f"{i}-{program}" for i, (program, _) in enumerate(OURS)]
-)
-def test_readme_command_parses(program, arguments):
+@pytest.mark.parametrize(("program", "arguments"), PARSED)
+def test_command_parses(program, arguments):
     args = parse(program, arguments)
     if "--epoch" in arguments:  # the prefix that the published commands use
         assert args.epochs == int(arguments[arguments.index("--epoch") + 1])
@@ -87,39 +113,49 @@ def test_seed_command_parses(name):
 
 
 @pytest.mark.parametrize("name", SEED_COMMANDS)
-def test_seed_command_stands_in_the_readme(name):
-    """Flag for flag in the same order; only folders and file names are free."""
-    places = {"--data_path", "--output_dir", "--finetune", "--resume"}
+def test_seed_command_is_in_the_readme(name):
+    """Flag for flag in the same order; only paths may differ."""
+    path_flags = {"--data_path", "--output_dir", "--finetune", "--resume"}
 
-    def without_places(arguments):
+    def without_paths(arguments):
         pairs = zip([None, *arguments], arguments, strict=False)
-        return ["PLACE" if before in places else word for before, word in pairs]
+        return ["PATH" if before in path_flags else word for before, word in pairs]
 
-    wanted = without_places(shlex.split(re.sub(r"\(.*\)", "", SEED_COMMANDS[name])))
-    assert wanted in [without_places(arguments) for _, arguments in OURS]
+    expected = without_paths(shlex.split(re.sub(r"\(.*\)", "", SEED_COMMANDS[name])))
+    assert expected in [without_paths(arguments) for _, arguments in README_PROGRAMS]
 
 
-def test_programs_in_commands_exist():
-    for words in COMMANDS:
+@pytest.mark.parametrize("page", TEXTS)
+def test_programs_in_commands_exist(page):
+    for words in COMMANDS[page]:
         if words[0] == "bash":
             assert (ROOT / words[1]).is_file(), words
-    for program, _ in OURS:
-        path = program if program.endswith(".py") else program.replace(".", "/") + ".py"
-        assert (ROOT / path).is_file(), program
+    for program, _ in PROGRAMS[page]:
+        if program.endswith(".py"):
+            assert (ROOT / program).is_file(), program
+        elif has_parser(program):
+            assert (ROOT / (program.replace(".", "/") + ".py")).is_file(), program
 
 
-def test_requirement_files_in_commands_exist():
-    for words in COMMANDS:
-        for flag, value in zip(words, words[1:], strict=False):
-            if words[0] == "pip" and flag == "-r":
-                assert (ROOT / value).is_file(), words
+@pytest.mark.parametrize("page", TEXTS)
+def test_requirement_files_in_commands_exist(page):
+    files = re.findall(r"pip install -r ([\w./-]+)", TEXTS[page])
+    for file in files:
+        assert (ROOT / file).is_file(), file
 
 
-def test_files_in_running_text_exist():
-    """`path/file.ext` in back quotes is a file of the repository."""
-    for name in re.findall(r"`([\w./-]+\.(?:py|sh|toml|txt|md|png))`", README):
-        if name not in ("log.txt",):  # written by a run
-            assert (ROOT / name).is_file(), name
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_in_running_text_exist(page):
+    """`path/file.ext` in back quotes is a file of the repository; `test_x.py` is one of tests/."""
+    for name in re.findall(r"`([\w./-]+\.(?:py|sh|toml|txt|md|png))`", TEXTS[page]):
+        if name not in WRITTEN_BY_A_RUN:
+            assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_cited_tests_exist(page):
+    for file, function in re.findall(r"`(test_\w+\.py)::(\w+)`", TEXTS[page]):
+        assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), (file, function)
 
 
 def heading_anchors(text: str) -> set[str]:
@@ -129,18 +165,24 @@ def heading_anchors(text: str) -> set[str]:
     return {title.strip().replace(" ", "-") for title in plain}
 
 
-def test_links_inside_the_repository_resolve():
-    text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_inside_the_repository_resolve(page):
+    text = outside_of_blocks(TEXTS[page])
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:href|src)=[\"']([^\"']+)", text)
-    assert links
+    assert links or page != "README.md"
     for link in links:
         if re.match(r"https?://", link):
             continue
         path, _, anchor = link.partition("#")
-        target = ROOT / path if path else ROOT / "README.md"
+        target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), link
         if anchor:
             assert anchor in heading_anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    for page in TEXTS:
+        assert page == "README.md" or f"({page}" in README, page
 
 
 def test_published_accuracies_are_the_published_ones():

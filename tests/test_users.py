@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = {
     "does not run on current packages": [
         "test_end_to_end.py::test_help",
-        "README.md#Installation and imports",
+        "docs/install.md#Installation and imports",
     ],
     "reconstructions look wrong": [
         "test_visualize.py::test_a_perfect_prediction_gives_back_the_picture"
@@ -40,7 +40,10 @@ ANSWERS = {
         "test_engine_pretrain.py::test_stored_run",
         "README.md#were not re-run",
     ],
-    "learning rate confusion": ["test_run.py::test_peak_rate", "README.md#The learning rate is"],
+    "learning rate confusion": [
+        "test_run.py::test_peak_rate",
+        "docs/training.md#The learning rate is",
+    ],
     "resume": ["test_resume.py::test_killed_and_resumed", "test_faults.py::test_kill_campaign"],
     "torch.load fails": [
         "test_checkpoint.py::test_forms_that_load",
@@ -70,10 +73,14 @@ ANSWERS = {
     ],
     "small data, low budget": [
         "scripts/demo.sh#mae_vit_mini_patch4",
-        "docs/recipes.md#Small pictures on a CPU",
+        "docs/recipes.md#Small images on a CPU",
     ],
-    "continue from weights": ["README.md#--init_from"],
-    "several nodes, SLURM": ["test_distributed.py::test_launchers", "README.md#Several machines"],
+    "continue from weights": ["docs/training.md#--init_from"],
+    "several nodes, SLURM": [
+        "test_distributed.py::test_launchers",
+        "docs/training.md#Several machines",
+        "docs/training.md#SLURM can send a signal",
+    ],
     "flags that crash late": [
         "test_end_to_end.py::test_wrong_flags_end_in_one_sentence",
         "test_cli.py::test_epoch_is_short_for_epochs",
@@ -81,7 +88,7 @@ ANSWERS = {
     ],
     "encoder elsewhere": ["test_export.py::test_stock_timm_model_gives_the_same_outputs"],
     "memory and speed": [
-        "docs/performance.md#Measured on the CPU",
+        "docs/performance.md#Measured on a CPU",
         "test_benchmark.py::test_json_on_the_last_line",
     ],
     "bf16, TF32, compile": [
