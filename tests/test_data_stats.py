@@ -71,14 +71,14 @@ def test_kinds_and_unreadable_files(capsys, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "notes.txt").write_text("not a picture")
     text = stats(capsys, tmp_path)
-    assert text.startswith(f"{tmp_path}: 7 pictures\n")
+    assert text.startswith(f"{tmp_path}: 7 images\n")
     assert line(text, "formats") == "PNG 4, JPEG 1"
     assert line(text, "modes") == "RGB 3, L 1, P 1"
     assert line(text, "channels") == "3 4, 1 1"
     assert line(text, "unreadable") == "2"
     assert re.search(rf"^    {tmp_path}/cut.jpg: .*truncated", text, re.MULTILINE)
     assert re.search(rf"^    {tmp_path}/empty.jpg: \S+", text, re.MULTILINE)
-    assert "mean and std of the 4 pictures with 3 channels" in text
+    assert "mean and std of the 4 images with 3 channels" in text
 
 
 def test_arrays_and_pages(capsys, tmp_path):
@@ -117,7 +117,7 @@ def test_sixteen_bits(capsys, tmp_path):
     Image.fromarray(deep).save(tmp_path / "a.png")
     text = stats(capsys, tmp_path)
     assert line(text, "mean") == f"{((deep >> 8) / 255).mean():.4f}"
-    assert "of 16-bit grey the upper 8 bits are used" in text
+    assert "of 16-bit grey only the upper 8 bits are read" in text
 
 
 def test_lists_and_shards(capsys, tmp_path):
@@ -133,7 +133,7 @@ def test_lists_and_shards(capsys, tmp_path):
     texts = [stats(capsys, tmp_path / name) for name in ("folder", "list.txt", "all-0000.tar")]
     bodies = [re.sub(r"(    ).*(3\.png:)|(--data_path )\S+", r"\1\2\3", t) for t in texts]
     assert len({body.split("\n", 1)[1] for body in bodies}) == 1
-    assert all("4 pictures" in text and line(text, "unreadable") == "1" for text in texts)
+    assert all("4 images" in text and line(text, "unreadable") == "1" for text in texts)
     assert f"{tmp_path}/all-0000.tar:3.png: " in texts[2]
 
 
@@ -144,7 +144,7 @@ def test_classes(capsys, tmp_path):
     (tmp_path / "train" / "elk").mkdir()
     write(tmp_path, "val/cat/0.png")
     text = stats(capsys, tmp_path)
-    assert line(text, "classes") == "3; pictures min 0, median 1, max 6"
+    assert line(text, "classes") == "3; images min 0, median 1, max 6"
     assert "cat 6, dog 1, elk 0" in text
     assert "1 of 3 classes have no image here; classes are unequal: 6 images of cat, 1 of" in text
     assert "different class folders (such as dog, elk)" in text
@@ -162,19 +162,19 @@ def test_limit(capsys, tmp_path, monkeypatch):
     for i in range(10):
         write(tmp_path, f"{'cat' if i < 5 else 'dog'}/{i}.png", seed=i)
     opened = []
-    examine = data_stats.examine
-    monkeypatch.setattr(data_stats, "examine", lambda p: opened.append(Path(p).stem) or examine(p))
+    inspect = data_stats.inspect
+    monkeypatch.setattr(data_stats, "inspect", lambda p: opened.append(Path(p).stem) or inspect(p))
     text = stats(capsys, tmp_path, "--limit", "4")
     assert opened == ["0", "2", "5", "7"]
-    assert "10 pictures" in text and "cat 5, dog 5" in text
-    assert line(text, "opened").startswith("4 of them, evenly spread")
+    assert "10 images" in text and "cat 5, dog 5" in text
+    assert line(text, "opened").startswith("4 of them, evenly spaced")
 
 
 def test_grey_pictures_are_noticed(capsys, tmp_path):
     grey = np.random.RandomState(0).randint(0, 256, (40, 40), dtype=np.uint8)
     Image.fromarray(grey).convert("RGB").save(tmp_path / "a.png")
     text = stats(capsys, tmp_path)
-    assert "every picture is grey: --in_chans 1" in text
+    assert "every image is grey: --in_chans 1" in text
     assert len(commands(text)[0][commands(text)[0].index("--mean") :]) > 1
 
 
