@@ -79,7 +79,7 @@ ANSWERS = {
         "test_cli.py::test_epoch_is_short_for_epochs",
         "test_textbook.py::test_cross_mae",
     ],
-    "encoder elsewhere": ["test_export.py::test_stock_timm_model_gives_the_same_outputs"],
+    "encoder elsewhere": ["test_export.py::test_timm_model_gives_the_same_outputs"],
     "memory and speed": [
         "docs/performance.md#Measured on the CPU",
         "test_benchmark.py::test_json_on_the_last_line",
