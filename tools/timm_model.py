@@ -42,11 +42,9 @@ def timm_name_and_args(model: nn.Module) -> tuple[str, dict]:
         num_heads=block.attn.num_heads,
         mlp_ratio=block.mlp.fc1.out_features / model.embed_dim,
     )
-    for name, sizes in TIMM_MODELS.items():
-        if all(own[k] == sizes[k] for k in ("embed_dim", "depth", "num_heads")):
-            break
-    else:
-        name = "vit_base_patch16_224"
+    size = ("embed_dim", "depth", "num_heads")
+    same = [name for name, stock in TIMM_MODELS.items() if all(own[k] == stock[k] for k in size)]
+    name = same[0] if same else "vit_base_patch16_224"
     options = {k: v for k, v in own.items() if v != TIMM_MODELS[name][k]}
     if model.kind == "classifier":
         options["num_classes"] = model.head.out_features
