@@ -1,4 +1,4 @@
-"""The benchmark's numbers have the right form, and its counters count right."""
+"""The benchmark prints its JSON keys, and FLOPs, memory and ratios are measured correctly."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.measure import Clock, compare, count_flops, peak_memory
+from tools.measure import Timer, compare, count_flops, peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_flops_of_a_matrix_product():
     assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
 
 
-def test_peak_memory_sees_what_lives_at_once():
+def test_peak_memory_counts_what_is_alive_at_once():
     def one_after_the_other():
         for _ in range(3):
             torch.zeros(2**20)
@@ -50,8 +50,8 @@ def test_peak_memory_sees_what_lives_at_once():
     assert peak_memory(together, CPU) == 3 * 4 * 2**20
 
 
-def test_a_ratio_above_one_means_that_ours_is_faster():
+def test_a_ratio_above_one_means_faster_than_the_reference():
     result = compare(
-        lambda: torch.zeros(10), lambda: torch.randn(2**21), Clock(CPU, steps=3), repeats=3
+        lambda: torch.zeros(10), lambda: torch.randn(2**21), Timer(CPU, steps=3), repeats=3
     )
     assert result["ratio_median"] > 10 and result["ratio_min"] > 10

@@ -1,4 +1,4 @@
-"""tools/data_stats.py: counts and statistics of folders whose contents are known."""
+"""tools/data_stats.py: counts and statistics of data sets with known contents."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def write(folder: Path, name: str, height: int = 40, width: int = 40, mode: str = "RGB", seed=0):
-    """A picture of noise; returns its pixels in 0..1 as (H, W, C)."""
+    """An image of noise; returns its pixels in [0, 1] as (H, W, C)."""
     channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
     pixels = np.random.RandomState(seed).randint(0, 200, (height, width, *channels), dtype=np.uint8)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,15 +43,15 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_mean_and_deviation(mode, capsys, tmp_path):
-    """Every picture counts the same, whatever its size: against two passes over all pixels."""
-    pictures = [
+def test_mean_and_std(mode, capsys, tmp_path):
+    """Every image counts the same, whatever its size: against two passes over all pixels."""
+    images = [
         write(tmp_path, f"{i}.png", height, width, mode, seed=i)
         for i, (height, width) in enumerate([(40, 40), (60, 41), (200, 90)])
     ]
     text = stats(capsys, tmp_path)
-    mean = np.mean([p.mean(axis=(0, 1)) for p in pictures], axis=0)
-    std = np.sqrt(np.mean([((p - mean) ** 2).mean(axis=(0, 1)) for p in pictures], axis=0))
+    mean = np.mean([p.mean(axis=(0, 1)) for p in images], axis=0)
+    std = np.sqrt(np.mean([((p - mean) ** 2).mean(axis=(0, 1)) for p in images], axis=0))
     assert line(text, "mean") == " ".join(f"{x:.4f}" for x in mean)
     assert line(text, "std") == " ".join(f"{x:.4f}" for x in std)
     assert line(text, "width") == "min 40, median 41, max 90"
@@ -59,7 +59,7 @@ def test_mean_and_deviation(mode, capsys, tmp_path):
     assert line(text, "modes") == f"{mode} 3" and line(text, "formats") == "PNG 3"
 
 
-def test_kinds_and_unreadable_files(capsys, tmp_path):
+def test_formats_and_unreadable_files(capsys, tmp_path):
     write(tmp_path, "rgb.png")
     write(tmp_path, "photo.jpg", seed=1)
     write(tmp_path, "really_png.png", seed=2)
@@ -69,20 +69,20 @@ def test_kinds_and_unreadable_files(capsys, tmp_path):
     (tmp_path / "empty.jpg").touch()
     whole = (tmp_path / "photo.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "notes.txt").write_text("not an image")
     text = stats(capsys, tmp_path)
-    assert text.startswith(f"{tmp_path}: 7 pictures\n")
+    assert text.startswith(f"{tmp_path}: 7 images\n")
     assert line(text, "formats") == "PNG 4, JPEG 1"
     assert line(text, "modes") == "RGB 3, L 1, P 1"
     assert line(text, "channels") == "3 4, 1 1"
     assert line(text, "unreadable") == "2"
     assert re.search(rf"^    {tmp_path}/cut.jpg: .*truncated", text, re.MULTILINE)
     assert re.search(rf"^    {tmp_path}/empty.jpg: \S+", text, re.MULTILINE)
-    assert "mean and std of the 4 pictures with 3 channels" in text
+    assert "mean and std of the 4 images with 3 channels" in text
 
 
 def test_arrays_and_pages(capsys, tmp_path):
-    """Bands of .npy and TIFF files, with what training takes them for."""
+    """Bands of .npy and TIFF files, read as training reads them."""
     random = np.random.RandomState(0)
     bands = random.rand(40, 50, 13).astype(np.float32)
     np.save(tmp_path / "float.npy", bands)
@@ -117,11 +117,11 @@ def test_sixteen_bits(capsys, tmp_path):
     Image.fromarray(deep).save(tmp_path / "a.png")
     text = stats(capsys, tmp_path)
     assert line(text, "mean") == f"{((deep >> 8) / 255).mean():.4f}"
-    assert "of 16-bit grey the upper 8 bits are used" in text
+    assert "of 16-bit grey only the upper 8 bits are read" in text
 
 
 def test_lists_and_shards(capsys, tmp_path):
-    """The same pictures three times: as a folder, as a list and in a tar file."""
+    """The same images three times: as a folder, as a list and in a tar file."""
     for i in range(3):
         write(tmp_path, f"folder/{i}.png", 40 + i, 40, seed=i)
     (tmp_path / "folder" / "3.png").write_bytes(b"nothing")
@@ -133,7 +133,7 @@ def test_lists_and_shards(capsys, tmp_path):
     texts = [stats(capsys, tmp_path / name) for name in ("folder", "list.txt", "all-0000.tar")]
     bodies = [re.sub(r"(    ).*(3\.png:)|(--data_path )\S+", r"\1\2\3", t) for t in texts]
     assert len({body.split("\n", 1)[1] for body in bodies}) == 1
-    assert all("4 pictures" in text and line(text, "unreadable") == "1" for text in texts)
+    assert all("4 images" in text and line(text, "unreadable") == "1" for text in texts)
     assert f"{tmp_path}/all-0000.tar:3.png: " in texts[2]
 
 
@@ -144,7 +144,7 @@ def test_classes(capsys, tmp_path):
     (tmp_path / "train" / "elk").mkdir()
     write(tmp_path, "val/cat/0.png")
     text = stats(capsys, tmp_path)
-    assert line(text, "classes") == "3; pictures min 0, median 1, max 6"
+    assert line(text, "classes") == "3; images min 0, median 1, max 6"
     assert "cat 6, dog 1, elk 0" in text
     assert "1 of 3 classes have no image here; classes are unequal: 6 images of cat, 1 of" in text
     assert "different class folders (such as dog, elk)" in text
@@ -158,23 +158,23 @@ def test_no_classes_in_a_flat_folder(capsys, tmp_path):
 
 
 def test_limit(capsys, tmp_path, monkeypatch):
-    """Opens so many, from all classes; counts are of all."""
+    """Opens that many, from all classes; counts include all images."""
     for i in range(10):
         write(tmp_path, f"{'cat' if i < 5 else 'dog'}/{i}.png", seed=i)
     opened = []
-    examine = data_stats.examine
-    monkeypatch.setattr(data_stats, "examine", lambda p: opened.append(Path(p).stem) or examine(p))
+    inspect = data_stats.inspect
+    monkeypatch.setattr(data_stats, "inspect", lambda p: opened.append(Path(p).stem) or inspect(p))
     text = stats(capsys, tmp_path, "--limit", "4")
     assert opened == ["0", "2", "5", "7"]
-    assert "10 pictures" in text and "cat 5, dog 5" in text
-    assert line(text, "opened").startswith("4 of them, evenly spread")
+    assert "10 images" in text and "cat 5, dog 5" in text
+    assert line(text, "opened").startswith("4 of them, evenly spaced")
 
 
-def test_grey_pictures_are_noticed(capsys, tmp_path):
+def test_grey_images_are_noticed(capsys, tmp_path):
     grey = np.random.RandomState(0).randint(0, 256, (40, 40), dtype=np.uint8)
     Image.fromarray(grey).convert("RGB").save(tmp_path / "a.png")
     text = stats(capsys, tmp_path)
-    assert "every picture is grey: --in_chans 1" in text
+    assert "every image is grey: --in_chans 1" in text
     assert len(commands(text)[0][commands(text)[0].index("--mean") :]) > 1
 
 
@@ -194,8 +194,8 @@ def test_grey_pictures_are_noticed(capsys, tmp_path):
 def test_suggested_commands_are_valid(
     height, width, mode, size, model, patch, chans, capsys, tmp_path
 ):
-    """The scripts take them, and the models they name can be built."""
-    folder = tmp_path / "my pictures"
+    """The scripts accept them, and the patch size divides the input size."""
+    folder = tmp_path / "my images"
     for split in ("train", "val"):
         for label in ("cat", "dog"):
             write(folder, f"{split}/{label}/0.png", height, width, mode)
@@ -215,7 +215,7 @@ def test_suggested_commands_are_valid(
 
 
 def test_default_mean_needs_no_flag(capsys, tmp_path):
-    """Pictures with ImageNet's statistics."""
+    """Images with ImageNet's statistics."""
     half = np.zeros((40, 40, 3))
     half[:20], half[20:] = np.array([0.485, 0.456, 0.406]) + 0.227, [0.258, 0.229, 0.179]
     Image.fromarray((255 * half).round().astype(np.uint8)).save(tmp_path / "a.png")
@@ -224,7 +224,7 @@ def test_default_mean_needs_no_flag(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, more, sentence",
+    "path, more, message",
     [
         ("nowhere", [], "Cannot read the folder .*nowhere"),
         ("", [], "no picture in"),
@@ -232,13 +232,13 @@ def test_default_mean_needs_no_flag(capsys, tmp_path):
         ("", ["--num_workers", "-1"], "--num_workers is -1"),
     ],
 )
-def test_mistakes_end_in_a_sentence(path, more, sentence, capsys, tmp_path):
-    with pytest.raises(UserError, match=sentence):
+def test_invalid_arguments(path, more, message, capsys, tmp_path):
+    with pytest.raises(UserError, match=message):
         stats(capsys, tmp_path / path, *more)
 
 
 def test_command_line(image_folder):
-    """As a user calls it, with reading processes."""
+    """As a user runs it, with a DataLoader worker."""
     command = [sys.executable, "-m", "tools.data_stats", str(image_folder), "--num_workers", "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stderr

@@ -1,4 +1,4 @@
-"""tools/demo_data.py: the split it promises, and how it treats a folder that is already there."""
+"""tools/demo_data.py: the documented split, and how an existing folder is treated."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def test_folders_and_counts(written):
     assert set(per_class.values()) == {3}
 
 
-def test_splits_do_not_overlap_and_few_is_a_part_of_train(written):
+def test_splits_do_not_overlap_and_few_is_a_subset_of_train(written):
     def names(folder):
         return relative_files(written / folder)
 
@@ -45,7 +45,7 @@ def test_splits_do_not_overlap_and_few_is_a_part_of_train(written):
     assert names("few/val") == names("val")
 
 
-def test_pictures_are_the_scans_enlarged(written):
+def test_images_are_the_resized_scans(written):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -54,7 +54,7 @@ def test_pictures_are_the_scans_enlarged(written):
         with Image.open(path) as image:
             assert image.mode == "RGB" and image.size == (32, 32)
             small = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), float)
-        # Averaged back to 8x8 the picture is the scan again, but for the interpolation's blur.
+        # Averaged back to 8x8, the image is the scan except for the interpolation's blur.
         scan = digits.images[index] * (255 / 16)
         assert np.corrcoef(small.ravel(), scan.ravel())[0, 1] > 0.97
 
@@ -84,7 +84,7 @@ def test_interrupted_or_damaged_folder_is_completed(tmp_path, monkeypatch):
     Image.open(victim).verify()
 
 
-def test_foreign_folder_is_refused_and_left_alone(tmp_path):
+def test_other_folder_is_refused_and_unchanged(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not written by this tool"):
         demo_data.write_demo_data(tmp_path)
@@ -99,13 +99,13 @@ def test_other_settings_are_refused(written):
 
 
 @pytest.mark.parametrize("labels_per_class", [0, 1000])
-def test_impossible_number_of_labels_is_refused(tmp_path, labels_per_class):
+def test_invalid_labels_per_class_is_refused(tmp_path, labels_per_class):
     with pytest.raises(ValueError, match=f"--labels_per_class {labels_per_class} is not possible"):
         demo_data.write_demo_data(tmp_path / "digits", labels_per_class)
     assert not (tmp_path / "digits").exists()
 
 
-def test_without_scikit_learn_it_says_what_to_install(tmp_path):
+def test_missing_scikit_learn_is_reported_with_the_remedy(tmp_path):
     blocked = "import sys; sys.modules['sklearn'] = None; sys.argv = ['demo_data', sys.argv[1]]; "
     run = "import runpy; runpy.run_module('tools.demo_data', run_name='__main__')"
     result = subprocess.run(

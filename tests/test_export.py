@@ -1,4 +1,4 @@
-"""tools/export.py: what other software makes of our files, beside what our own models compute."""
+"""tools/export.py: other software computes the same from the exported files as the models do."""
 
 import json
 import logging
@@ -23,13 +23,14 @@ import models_cross
 import models_mae
 import models_vit
 from tools import export
+from tools.timm_model import timm_name_and_args
 from util.build import load_trained
 from util.data.transforms import build_transform
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 CLASSES = ["ant", "bee", "cat", "dog", "elk"]
-KINDS = ("cross", "mae", "vit_mean", "vit_cls", "vit_oblong", "vit_grey")
+KINDS = ("cross", "mae", "vit_mean", "vit_cls", "vit_nonsquare", "vit_grey")
 needs_onnx = pytest.mark.skipif(
     not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="the optional packages onnx, onnxscript and onnxruntime are not installed",
@@ -38,7 +39,7 @@ needs_onnx = pytest.mark.skipif(
 
 @pytest.fixture
 def save(tmp_path, tiny_cross, tiny_mae, tiny_vit, monkeypatch):
-    """kind -> (checkpoint file, model): tiny models whose every weight is random."""
+    """kind -> (checkpoint file, model); tiny models, every weight random."""
     for module, name, cls, sizes in (
         (models_cross, "mae_vit_tiny", models_cross.MaskedAutoencoderViT, ENCODER | DECODER),
         (models_mae, "mae_vit_tiny", models_mae.MaskedAutoencoderViT, ENCODER | DECODER),
@@ -54,12 +55,12 @@ def save(tmp_path, tiny_cross, tiny_mae, tiny_vit, monkeypatch):
         elif kind == "mae":
             model = tiny_mae()
         else:
-            size = (32, 64) if kind == "vit_oblong" else 32
+            size = (32, 64) if kind == "vit_nonsquare" else 32
             chans = 1 if kind == "vit_grey" else 3
             model = tiny_vit(img_size=size, in_chans=chans, global_pool=kind != "vit_cls")
             args = dict(model="vit_tiny", in_chans=chans, mean=MEAN[:chans], std=STD[:chans])
         random = torch.Generator().manual_seed(1)
-        for parameter in model.parameters():  # norms and biases too, so that none can be mixed up
+        for parameter in model.parameters():  # norms and biases too, so that a swap shows
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
         args |= dict(input_size=size, patch_size=8, data_path="/home/someone/secret")
         path = tmp_path / f"{kind}.pth"
@@ -81,21 +82,21 @@ def noise(model, count: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stock_timm_model_gives_the_same_outputs(kind, save, tmp_path):
-    """From nothing but the folder: create_model with the arguments in it, strict load, compare."""
+def test_timm_model_gives_the_same_outputs(kind, save, tmp_path):
+    """From the folder alone: create_model with its arguments, strict load, compare."""
     file, model = save(kind)
     call(file, "timm", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    theirs = timm.create_model(config["architecture"], **config["model_args"]).eval()
-    theirs.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
-    assert type(theirs) is timm.models.VisionTransformer
+    timm_model = timm.create_model(config["architecture"], **config["model_args"]).eval()
+    timm_model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    assert type(timm_model) is timm.models.VisionTransformer
     imgs = noise(model)
     with torch.no_grad():
         features = model.forward_features(imgs)
         tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
-        torch.testing.assert_close(theirs.forward_features(imgs), tokens, rtol=0, atol=1e-5)
+        torch.testing.assert_close(timm_model.forward_features(imgs), tokens, rtol=0, atol=1e-5)
         expected = model(imgs) if kind.startswith("vit") else features.cls
-        torch.testing.assert_close(theirs(imgs), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(timm_model(imgs), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["cross", "mae"])
@@ -104,12 +105,12 @@ def test_timm_encoder_pools_the_mean_when_asked(kind, save, tmp_path):
     call(file, "timm", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     options = config["model_args"] | {"global_pool": "avg"}
-    theirs = timm.create_model(config["architecture"], **options).eval()
-    theirs.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    timm_model = timm.create_model(config["architecture"], **options).eval()
+    timm_model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
     imgs = noise(model)
     with torch.no_grad():
         expected = model.forward_features(imgs).mean
-        torch.testing.assert_close(theirs(imgs), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(timm_model(imgs), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(
@@ -120,59 +121,59 @@ def test_timm_encoder_pools_the_mean_when_asked(kind, save, tmp_path):
 def test_timm_opens_the_folder(kind, save, tmp_path):
     file, model = save(kind)
     call(file, "timm", tmp_path / "out")
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    timm_model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     imgs = noise(model)
     with torch.no_grad():
         expected = model(imgs) if kind.startswith("vit") else model.forward_features(imgs).cls
-        torch.testing.assert_close(theirs(imgs), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(timm_model(imgs), expected, rtol=0, atol=1e-5)
     if kind.startswith("vit"):
-        assert list(theirs.pretrained_cfg["label_names"]) == CLASSES
+        assert list(timm_model.pretrained_cfg["label_names"]) == CLASSES
 
 
-@pytest.mark.parametrize("kind", ["vit_mean", "vit_oblong"])
-def test_timm_prepares_pictures_as_we_do(kind, save, tmp_path):
-    """The transform that timm builds from config.json, on pictures of several shapes."""
+@pytest.mark.parametrize("kind", ["vit_mean", "vit_nonsquare"])
+def test_timm_preprocesses_images_as_evaluation_does(kind, save, tmp_path):
+    """The transform that timm builds from config.json, on images of several shapes."""
     file, _ = save(kind)
     call(file, "timm", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
     assert config["mean"] == MEAN and config["std"] == STD and config["crop_pct"] == 0.875
-    assert not {"license", "tag", "hf_hub_id", "url"} & config.keys()  # those are of other weights
-    theirs = create_transform(**resolve_data_config(pretrained_cfg=config))
-    if "bicubic" not in repr(theirs.transforms[0]):
-        pytest.skip(f"timm {timm.__version__} resizes oblong pictures as it likes")
-    ours = build_transform(False, load_trained(file)[1])
+    assert not {"license", "tag", "hf_hub_id", "url"} & config.keys()  # of other weights
+    timm_transform = create_transform(**resolve_data_config(pretrained_cfg=config))
+    if "bicubic" not in repr(timm_transform.transforms[0]):
+        pytest.skip(f"timm {timm.__version__} resizes non-square images differently")
+    transform = build_transform(False, load_trained(file)[1])
     random = np.random.RandomState(0)
     for height, width in ((50, 70), (90, 41), (36, 36), (40, 200)):
         coarse = Image.fromarray(random.randint(0, 256, (5, 5, 3), dtype=np.uint8))
-        picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
-        torch.testing.assert_close(theirs(picture), ours(picture), rtol=0, atol=1e-6)
+        img = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        torch.testing.assert_close(timm_transform(img), transform(img), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "size, crop", [(224, 0.875), (96, 0.875), (448, 1.0), ((128, 224), 0.875), ((256, 448), 1.0)]
 )
-def test_crop_share(size, crop):
-    assert export.crop_share(Namespace(input_size=size)) == crop
+def test_crop_ratio(size, crop):
+    assert export.crop_ratio(Namespace(input_size=size)) == crop
 
 
-def test_crop_that_timm_cannot_say_is_said(caplog):
-    export.crop_share(Namespace(input_size=(128, 256)))
-    assert "crops the side up to 224" in caplog.text
+def test_crop_that_timm_cannot_express_is_warned_about(caplog):
+    export.crop_ratio(Namespace(input_size=(128, 256)))
+    assert "crops only the side of up to 224" in caplog.text
 
 
 @pytest.mark.parametrize("size, patch", [("small", 16), ("base", 16), ("large", 16), ("huge", 14)])
-def test_published_sizes_are_stock_models(size, patch, monkeypatch):
-    """By name, with nothing but head and pooling to set; every key and shape is there."""
-    # Older timm reads numbers out of a tensor while it builds; that one must be real.
+def test_published_sizes_are_timm_models(size, patch, monkeypatch):
+    """By name, with only head and pooling to set; every key and shape matches."""
+    # Older timm reads values of this tensor in the constructor, so it must not be meta.
     monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
     with torch.device("meta"):
         model = getattr(models_vit, f"vit_{size}_patch{patch}")(global_pool=True)
-        name, options = export.timm_name_and_args(model)
-        theirs = timm.create_model(name, **options)
+        name, options = timm_name_and_args(model)
+        timm_model = timm.create_model(name, **options)
     assert name == f"vit_{size}_patch{patch}_224"
     assert options == {"num_classes": 1000, "global_pool": "avg"}
-    ours = {key: value.shape for key, value in model.state_dict().items()}
-    assert {key: value.shape for key, value in theirs.state_dict().items()} == ours
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in timm_model.state_dict().items()} == shapes
 
 
 def test_timm_does_not_write_into_a_full_folder(save, tmp_path):
@@ -182,15 +183,15 @@ def test_timm_does_not_write_into_a_full_folder(save, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_safetensors_say_what_they_are(kind, save, tmp_path):
-    """The file alone is enough to build the model again; nobody's paths are in it."""
+def test_safetensors_describe_the_model(kind, save, tmp_path):
+    """The file alone rebuilds the model; it contains no paths of the user."""
     file, model = save(kind)
     call(file, "safetensors", tmp_path / "out" / "m.safetensors")
     with safe_open(tmp_path / "out" / "m.safetensors", "pt") as opened:
         metadata = opened.metadata()
     assert "secret" not in str(metadata)
-    oblong = kind == "vit_oblong"
-    assert json.loads(metadata["input_size"]) == ([32, 64] if oblong else [32, 32])
+    nonsquare = kind == "vit_nonsquare"
+    assert json.loads(metadata["input_size"]) == ([32, 64] if nonsquare else [32, 32])
     assert json.loads(metadata["class_names"]) == CLASSES
     assert json.loads(metadata["patch_size"]) == 8
     if kind == "vit_mean":
@@ -206,14 +207,14 @@ def test_safetensors_say_what_they_are(kind, save, tmp_path):
 @pytest.mark.parametrize(
     "kind, more, names",
     [
-        ("vit_oblong", [], ["logits"]),
+        ("vit_nonsquare", [], ["logits"]),
         ("cross", [], ["cls", "mean", "patches"]),
-        # Seconds of tracing for a wrapper that the second case has tried already.
+        # Slow to trace, and the second case covers the wrapper.
         pytest.param("vit_cls", ["--features"], ["cls", "mean", "patches"], marks=pytest.mark.slow),
     ],
 )
 def test_onnxruntime_gives_the_same_outputs(kind, more, names, save, tmp_path, caplog):
-    """For any number of pictures, in one file."""
+    """For any batch size, in one file."""
     import onnxruntime
 
     caplog.set_level(logging.INFO)
@@ -230,30 +231,30 @@ def test_onnxruntime_gives_the_same_outputs(kind, more, names, save, tmp_path, c
     assert json.loads(metadata["class_names"]) == CLASSES and "secret" not in str(metadata)
     for count in (1, 5):
         imgs = noise(model, count)
-        found = session.run(None, {"imgs": imgs.numpy()})
+        outputs = session.run(None, {"imgs": imgs.numpy()})
         with torch.no_grad():
             features = model.forward_features(imgs)
             expected = [
                 model(imgs) if name == "logits" else getattr(features, name) for name in names
             ]
-        for theirs, ours in zip(found, expected, strict=True):
-            np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-4, atol=1e-4)
+        for output, right in zip(outputs, expected, strict=True):
+            np.testing.assert_allclose(output, right.numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_missing_packages_are_named(save, tmp_path, monkeypatch):
+def test_missing_packages_are_listed(save, tmp_path, monkeypatch):
     file, _ = save("vit_mean")
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs onnx and onnxscript: pip install onnx onnxscript"):
         call(file, "onnx", tmp_path / "m.onnx")
 
 
-def test_a_flag_that_would_not_act_is_refused(save, tmp_path):
+def test_a_flag_without_effect_is_refused(save, tmp_path):
     file, _ = save("vit_mean")
     with pytest.raises(ValueError, match="--features belongs to --to onnx"):
         call(file, "timm", tmp_path / "out", "--features")
 
 
-def test_linear_probe_becomes_a_plain_head(tiny_vit):
+def test_linear_probe_becomes_a_linear_head(tiny_vit):
     model = tiny_vit()
     model.freeze_for_probe()
     random = torch.Generator().manual_seed(2)
@@ -267,15 +268,15 @@ def test_linear_probe_becomes_a_plain_head(tiny_vit):
     assert {"head.weight", "head.bias"} < model.state_dict().keys()
 
 
-def test_other_outputs_are_noticed():
-    with pytest.raises(RuntimeError, match="Outputs of timm differ from ours by 1.00e-04"):
+def test_different_outputs_are_refused():
+    with pytest.raises(RuntimeError, match="Outputs of timm differ from the model's by 1.00e-04"):
         export.check_close(torch.tensor([1.0001]), torch.tensor([1.0]), 1e-5, "timm")
     with pytest.raises(RuntimeError, match="differ"):
         export.check_close(torch.tensor([torch.nan]), torch.tensor([1.0]), 1e-5, "timm")
 
 
 def test_command_line(tmp_path):
-    """As a user calls it, for the model of the small recipes."""
+    """As a user runs it, for the model of the small recipes."""
     torch.manual_seed(0)
     model = models_vit.vit_mini_patch4(img_size=32, patch_size=16, num_classes=3, global_pool=True)
     args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
@@ -284,5 +285,5 @@ def test_command_line(tmp_path):
     command += ["--to", "timm", "--out", str(tmp_path / "out")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert "Outputs of timm are ours" in result.stdout
+    assert "Outputs of timm equal the model's" in result.stdout
     assert 'timm.create_model("vit_base_patch16_224", img_size=(32, 32)' in result.stdout

@@ -49,9 +49,9 @@ ANSWERS = {
         "test_checkpoint.py::test_forms_that_load",
         "test_checkpoint.py::test_hostile",
     ],
-    "channels and normalisation": ["test_textbook.py::test_other_sizes_and_channels"],
+    "channels and normalisation": ["test_reference.py::test_other_sizes_and_channels"],
     "sizes that are not square": [
-        "test_textbook.py::test_other_sizes_and_channels",
+        "test_reference.py::test_other_sizes_and_channels",
         "test_pos_embed.py::test_interpolation_changes_the_dict_in_place",
     ],
     "flash-attn": [
@@ -84,16 +84,16 @@ ANSWERS = {
     "flags that crash late": [
         "test_end_to_end.py::test_wrong_flags_end_in_one_sentence",
         "test_cli.py::test_epoch_is_short_for_epochs",
-        "test_textbook.py::test_cross_mae",
+        "test_reference.py::test_cross_mae",
     ],
-    "encoder elsewhere": ["test_export.py::test_stock_timm_model_gives_the_same_outputs"],
+    "encoder elsewhere": ["test_export.py::test_timm_model_gives_the_same_outputs"],
     "memory and speed": [
         "docs/performance.md#Measured on a CPU",
         "test_benchmark.py::test_json_on_the_last_line",
     ],
     "bf16, TF32, compile": [
-        "test_textbook.py::test_compiled_blocks_keep_names_and_loss",
-        "test_textbook.py::test_under_bf16_autocast",
+        "test_reference.py::test_compiled_blocks_keep_names_and_loss",
+        "test_reference.py::test_under_bf16_autocast",
     ],
     "one bad image": [
         "test_loaders.py::test_bad_pictures_are_replaced_and_counted",

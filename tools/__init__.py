@@ -1,1 +1,1 @@
-"""Commands: python -m tools.NAME."""
+"""Commands, `python -m tools.NAME`, and what they share; imported by tests and scripts only."""

@@ -1,19 +1,19 @@
-"""Write the demo's pictures: scikit-learn's bundled handwritten digits as PNG class folders.
+"""Write the demo's images: scikit-learn's bundled handwritten digits as PNG class folders.
 
     python -m tools.demo_data OUT_DIR
 
-1,797 scans of the digits 0-9, 8x8 pixels with 17 grey levels, come inside the scikit-learn package
-(a part of the UCI "Optical Recognition of Handwritten Digits" set), so nothing is downloaded. Each
-becomes a 32x32 RGB picture by bicubic enlargement. The split is fixed:
+1,797 scans of the digits 0-9, 8x8 pixels with 17 grey levels, are part of the scikit-learn package
+(from the UCI "Optical Recognition of Handwritten Digits" set), so nothing is downloaded. Each is
+resized bicubically to a 32x32 RGB image. The split is fixed:
 
-    OUT_DIR/train/<digit>/digit_<number>.png    numbers 0-1296 in scikit-learn's order
-    OUT_DIR/val/<digit>/...                     numbers 1297-1796, 500 pictures
-    OUT_DIR/few/train/<digit>/...               of each class of train `--labels_per_class`
-                                                pictures, spread evenly over its order
-    OUT_DIR/few/val/<digit>/...                 the same pictures as OUT_DIR/val
+    OUT_DIR/train/<digit>/digit_<index>.png     indices 0-1296 in scikit-learn's order
+    OUT_DIR/val/<digit>/...                     indices 1297-1796, 500 images
+    OUT_DIR/few/train/<digit>/...               `--labels_per_class` images of each class of
+                                                train, evenly spaced
+    OUT_DIR/few/val/<digit>/...                 the same images as OUT_DIR/val
 
 Both OUT_DIR (all labels) and OUT_DIR/few (few labels) are folders for --data_path. A second call
-with the same settings finds its own work and writes nothing; other content is refused.
+with the same settings writes nothing; a folder with other content is refused.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from util.run.launch import launch
 IMAGE_SIZE = 32
 NUM_TRAIN = 1297
 LABELS_PER_CLASS = 10
-RECORD = "demo_data.json"  # written last: says that the folder is ours and complete
+RECORD = "demo_data.json"  # marks a folder as written by this tool
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +42,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits as sklearn_digits
     except ModuleNotFoundError as error:
         raise UserError(
-            f"The demo's pictures come from scikit-learn, but {error.name!r} is not installed: "
+            f"The demo's images come from scikit-learn, but {error.name!r} is not installed: "
             "run `pip install -r scripts/requirements-demo.txt`."
         ) from error
     digits = sklearn_digits()
@@ -50,13 +50,17 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def enlarge(scan: np.ndarray) -> Image.Image:
-    """One scan, uint8 (8, 8), as an RGB picture of IMAGE_SIZE x IMAGE_SIZE pixels."""
-    picture = Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    return picture.convert("RGB")
+    """One scan, uint8 (8, 8), as an RGB image of IMAGE_SIZE x IMAGE_SIZE pixels."""
+    img = Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    return img.convert("RGB")
 
 
 def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[int]]:
-    """Which scans go into which folder, {folder: scan numbers}; see the module's docstring."""
+    """{folder: indices of its scans}; see the module's docstring.
+
+    Raises:
+        UserError: a class has fewer training images than labels_per_class.
+    """
     train, val = range(NUM_TRAIN), range(NUM_TRAIN, len(labels))
     few = []
     for digit in np.unique(labels):
@@ -64,14 +68,14 @@ def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[i
         if not 1 <= labels_per_class <= len(members):
             raise UserError(
                 f"--labels_per_class {labels_per_class} is not possible: class {digit} has "
-                f"{len(members)} training pictures."
+                f"{len(members)} training images."
             )
         few += members[np.linspace(0, len(members) - 1, labels_per_class).astype(int)].tolist()
     return {"train": list(train), "val": list(val), "few/train": few, "few/val": list(val)}
 
 
 def is_complete(out_dir: Path, settings: dict) -> bool:
-    """Does out_dir hold the pictures for these settings already?
+    """Whether out_dir already holds the images for these settings.
 
     Raises:
         UserError: out_dir holds something that this tool did not write with these settings.
@@ -101,11 +105,11 @@ def is_complete(out_dir: Path, settings: dict) -> bool:
 
 
 def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> dict[str, int]:
-    """Write the class folders below out_dir, unless they are there; {folder: number of pictures}.
+    """Write the class folders below out_dir, unless they exist; returns {folder: number of images}.
 
     Raises:
         UserError: out_dir holds something that this tool did not write with these settings.
-        UserError: a class has fewer training pictures than labels_per_class.
+        UserError: a class has fewer training images than labels_per_class.
         UserError: scikit-learn is not installed.
     """
     settings = {"image_size": IMAGE_SIZE, "labels_per_class": labels_per_class}
@@ -139,7 +143,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--labels_per_class",
         type=int,
         default=LABELS_PER_CLASS,
-        help="training pictures per class in OUT_DIR/few (default: %(default)s)",
+        help="training images per class in OUT_DIR/few (default: %(default)s)",
     )
     return parser
 
@@ -147,7 +151,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     counts = write_demo_data(args.out_dir, args.labels_per_class)
     for folder, count in counts.items():
-        print(f"{count:5d} pictures in {args.out_dir / folder}")
+        print(f"{count:5d} images in {args.out_dir / folder}")
 
 
 if __name__ == "__main__":

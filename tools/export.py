@@ -1,18 +1,18 @@
-"""Write a checkpoint in the forms other software reads: timm, safetensors, ONNX.
+"""Export a checkpoint for other software: timm, safetensors, ONNX.
 
     python -m tools.export --checkpoint C --to timm --out FOLDER
     python -m tools.export --checkpoint C --to safetensors --out model.safetensors
     python -m tools.export --checkpoint C --to onnx --out model.onnx
 
-timm          a folder as on the Hugging Face Hub (config.json, model.safetensors) for a stock timm
-              Vision Transformer, with this checkpoint's own mean, deviation and crop. Of a
-              pre-training checkpoint the encoder, without a head.
-safetensors   all weights under their own names; what the model is stands in the file's metadata.
-onnx          imgs (B, C, H, W) with free B -> logits (B, K); of a pre-training checkpoint, or with
-              --features, -> cls (B, D), mean (B, D), patches (B, L, D). Needs the packages onnx and
-              onnxscript, and onnxruntime to compare the outputs.
+timm          a folder as on the Hugging Face Hub (config.json, model.safetensors) for timm's own
+              VisionTransformer, with the mean, std and crop of this checkpoint. Of a pre-training
+              checkpoint the encoder, without a head.
+safetensors   all weights under their own names; the metadata describes the model.
+onnx          imgs (B, C, H, W) with a dynamic batch -> logits (B, K); of a pre-training checkpoint,
+              or with --features, -> cls (B, D), mean (B, D), patches (B, L, D). Needs the packages
+              onnx and onnxscript, and onnxruntime to compare the outputs.
 
-Letters: B images, C channels, H height, W width, L patches, D encoder width, K classes.
+Shapes: B images, C channels, H height, W width, L patches, D encoder width, K classes.
 """
 
 import argparse
@@ -21,165 +21,62 @@ import json
 import logging
 from pathlib import Path
 
-import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from tools.timm_model import to_timm
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
-from util.checkpoint import ENCODER_PARTS
 from util.data.transforms import CROP_SHARE
 from util.io.errors import UserError
 from util.io.files import atomic_write
-from util.layers.vit import BASE, HUGE, LARGE, SMALL
 from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
 
-STOCK = {
-    "vit_small_patch16_224": SMALL,
-    "vit_base_patch16_224": BASE,
-    "vit_large_patch16_224": LARGE,
-    "vit_huge_patch14_224": HUGE,
-}
-STOCK_SIZES = dict(img_size=(224, 224), in_chans=3, mlp_ratio=4.0)  # of all of them
-TOLERANCE = 1e-5  # of timm's outputs
-ONNX_TOLERANCE = 1e-4  # other kernels, other order of sums
+TIMM_TOLERANCE = 1e-5
+ONNX_TOLERANCE = 1e-4  # other kernels sum in another order
 SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; an ONNX file cannot exceed 2 GiB
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m tools.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="of main_pretrain.py or main_finetune.py: file or URL"
-    )
-    parser.add_argument("--to", required=True, choices=sorted(WRITERS), help="form to write")
-    parser.add_argument("--out", required=True, type=Path, help="folder for timm, else a file")
-    parser.add_argument(
-        "--features",
-        action="store_true",
-        help="onnx of a fine-tuned checkpoint: features instead of logits",
-    )
-    parser.add_argument(
-        "--model", help="name of the model, needed only where the checkpoint does not say it"
-    )
-    return parser
-
-
-def is_classifier(model: nn.Module) -> bool:
-    return hasattr(model, "head")
-
-
-def fold_probe(model: nn.Module) -> None:
-    """Make one linear layer of a linear probe's BatchNorm and linear layer.
-
-    In evaluation they are the same function, and other software knows no such head.
-    """
-    norm, linear = model.head
-    with torch.no_grad():
-        scale = (norm.running_var + norm.eps).rsqrt()  # (D,)
-        linear.bias -= linear.weight @ (norm.running_mean * scale)
-        linear.weight *= scale
-    model.head = linear
-
-
-def describe(model: nn.Module, trained) -> dict[str, str]:
-    """What the model is, as strings: lists and numbers as JSON.
-
-    `args` holds the flags that decide the model, no paths.
-    """
-    defaults = CLASSIFIER_DEFAULTS if is_classifier(model) else PRETRAIN_DEFAULTS
-    names = ["model", *SHARED_DEFAULTS, *defaults] + ["nb_classes"] * is_classifier(model)
-    names.remove("grad_checkpointing")
-    facts = {
-        "format": "pt",
-        "model": trained.model,
-        "kind": "fine-tuned" if is_classifier(model) else "pre-training",
-        "input_size": list(to_2tuple(trained.input_size)),
-        "patch_size": model.patch_embed.patch_size,
-        "in_chans": trained.in_chans,
-        "mean": trained.mean,
-        "std": trained.std,
-        "crop_pct": crop_share(trained),
-        "interpolation": "bicubic",
-        "class_names": trained.class_names,
-        "args": {name: getattr(trained, name) for name in names},
-    }
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
-
-
-def crop_share(trained) -> float:
-    """Share of the picture's sides that evaluation keeps."""
-    sides = to_2tuple(trained.input_size)
-    if min(sides) <= 224 < max(sides):
-        logger.warning(
-            "Evaluation crops the side up to 224 pixels and not the longer one; the file can only "
-            "say that none is cropped, so its pictures will be a little larger in view"
-        )
-    return CROP_SHARE if max(sides) <= 224 else 1.0
-
-
-def timm_name_and_args(model: nn.Module) -> tuple[str, dict]:
-    """Name of a stock timm model, and how this one differs from it."""
-    block = model.blocks[0]
-    own = dict(
-        img_size=model.patch_embed.img_size,
-        patch_size=model.patch_embed.patch_size,
-        in_chans=model.patch_embed.proj.in_channels,
-        embed_dim=model.embed_dim,
-        depth=len(model.blocks),
-        num_heads=block.attn.num_heads,
-        mlp_ratio=block.mlp.fc1.out_features / model.embed_dim,
-    )
-    name, stock = "vit_base_patch16_224", BASE
-    for other, sizes in STOCK.items():
-        if all(own[key] == value for key, value in sizes.items() if key != "patch_size"):
-            name, stock = other, sizes
-    different = {k: v for k, v in own.items() if v != (STOCK_SIZES | stock)[k]}
-    if is_classifier(model):
-        pool = {"global_pool": "avg"} if model.global_pool else {}
-        return name, different | {"num_classes": model.head.out_features} | pool
-    norm = {} if hasattr(model, "norm") else {"final_norm": False}
-    return name, different | {"num_classes": 0, "fc_norm": False} | norm
-
-
-def make_timm(model: nn.Module, name: str, options: dict) -> nn.Module:
-    """The same network as a stock timm model.
+def write_timm(model: nn.Module, trained, args) -> None:
+    """Write the folder.
 
     Raises:
-        RuntimeError: outputs differ by more than TOLERANCE.
+        UserError: --out exists and is not an empty folder.
+        RuntimeError: the outputs of timm's model differ.
     """
-    other = timm.create_model(name, **options).eval()
-    weights = model.state_dict()
-    if not is_classifier(model):
-        wanted = (*ENCODER_PARTS, "norm.")
-        weights = {k: v for k, v in weights.items() if k.startswith(wanted)}
-    other.load_state_dict(weights, strict=True)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(f"--out {args.out} exists and is not an empty folder; name a new one.")
+    timm_model, name, options = to_timm(model)
     imgs = example_images(model, 2)
     with torch.no_grad():
-        ours = model(imgs) if is_classifier(model) else model.forward_features(imgs).cls
-        check_close(other(imgs), ours, TOLERANCE, "timm")
-    return other
+        expected = model(imgs) if model.kind == "classifier" else model.forward_features(imgs).cls
+        check_close(timm_model(imgs), expected, TIMM_TOLERANCE, "timm")
+    config, weights = args.out / "config.json", args.out / "model.safetensors"
+    with atomic_write(weights) as tmp_weights, atomic_write(config) as tmp_config:
+        save_file(timm_model.state_dict(), tmp_weights, metadata={"format": "pt"})
+        text = json.dumps(timm_config(trained, name, options, timm_model), indent=2)
+        tmp_config.write_text(text + "\n", encoding="utf-8")
+    call = ", ".join([f'"{name}"', *(f"{k}={v!r}" for k, v in options.items())])
+    logger.info("Wrote %s and %s, the weights of timm.create_model(%s)", config, weights, call)
 
 
-def timm_config(trained, name: str, options: dict, other: nn.Module) -> dict:
-    """What timm's config.json says: how to build the model and how to prepare pictures for it."""
+def timm_config(trained, name: str, options: dict, timm_model: nn.Module) -> dict:
+    """timm's config.json: how to build the model and how to preprocess its images."""
+    num_classes = timm_model.num_classes
     config = dict(
         architecture=name,
-        num_classes=other.num_classes,
-        num_features=other.num_features,
-        global_pool=other.global_pool,
+        num_classes=num_classes,
+        num_features=timm_model.num_features,
+        global_pool=timm_model.global_pool,
         model_args=options,
         pretrained_cfg=dict(
-            num_classes=other.num_classes,
+            num_classes=num_classes,
             input_size=[trained.in_chans, *to_2tuple(trained.input_size)],
             fixed_input_size=True,
-            crop_pct=crop_share(trained),
+            crop_pct=crop_ratio(trained),
             crop_mode="center",
             interpolation="bicubic",
             mean=trained.mean,
@@ -188,56 +85,51 @@ def timm_config(trained, name: str, options: dict, other: nn.Module) -> dict:
             classifier="head",
         ),
     )
-    names = trained.class_names if other.num_classes else []
-    return config | ({"label_names": names} if names else {})
+    if num_classes and trained.class_names:
+        config["label_names"] = trained.class_names
+    return config
 
 
-def example_images(model: nn.Module, count: int) -> Tensor:
-    """Noise of the model's size (count, C, H, W), the same at every call."""
-    size = (count, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    return torch.randn(size, generator=torch.Generator().manual_seed(0))
-
-
-def check_close(theirs: Tensor, ours: Tensor, tolerance: float, name: str) -> None:
-    """Compare outputs, relative to the largest of ours where that is above 1.
-
-    Raises:
-        RuntimeError: they differ.
-    """
-    difference = (theirs - ours).abs().max().item()
-    if not difference <= tolerance * max(1.0, ours.abs().max().item()):
-        raise RuntimeError(f"Outputs of {name} differ from ours by {difference:.2e}.")
-    logger.info("Outputs of %s are ours: largest difference %.1e", name, difference)
-
-
-def write_timm(model: nn.Module, trained, args) -> None:
-    """Write the folder.
-
-    Raises:
-        UserError: it holds something already.
-    """
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out {args.out} exists and is not an empty folder; name a new one.")
-    name, options = timm_name_and_args(model)
-    other = make_timm(model, name, options)
-    config, weights = args.out / "config.json", args.out / "model.safetensors"
-    with (
-        atomic_write(weights) as tmp_path,
-        atomic_write(config) as tmp_config,
-    ):
-        save_file(other.state_dict(), tmp_path, metadata={"format": "pt"})
-        text = json.dumps(timm_config(trained, name, options, other), indent=2)
-        tmp_config.write_text(text + "\n", encoding="utf-8")
-    call = ", ".join([f'"{name}"', *(f"{k}={v!r}" for k, v in options.items())])
-    logger.info("Wrote %s and %s, the weights of timm.create_model(%s)", config, weights, call)
+def crop_ratio(trained) -> float:
+    """Fraction of an image's sides that the evaluation transform keeps."""
+    sides = to_2tuple(trained.input_size)
+    if min(sides) <= 224 < max(sides):
+        logger.warning(
+            "Evaluation crops only the side of up to 224 pixels; the exported crop ratio holds for "
+            "both sides and is set to 1, so other software keeps a little more of each image"
+        )
+    return CROP_SHARE if max(sides) <= 224 else 1.0
 
 
 def write_safetensors(model: nn.Module, trained, args) -> None:
-    """Write all weights, and what they belong to."""
+    """Write all weights, with `describe` as metadata."""
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     with atomic_write(args.out) as tmp_path:
         save_file(tensors, tmp_path, metadata=describe(model, trained))
     logger.info("Wrote %d tensors of %s to %s", len(tensors), trained.model, args.out)
+
+
+def describe(model: nn.Module, trained) -> dict[str, str]:
+    """Description of the model as strings, lists and numbers as JSON; no paths of the user."""
+    is_classifier = model.kind == "classifier"
+    defaults = CLASSIFIER_DEFAULTS if is_classifier else PRETRAIN_DEFAULTS
+    names = ["model", *SHARED_DEFAULTS, *defaults] + ["nb_classes"] * is_classifier
+    names.remove("grad_checkpointing")
+    values = {
+        "format": "pt",
+        "model": trained.model,
+        "kind": "fine-tuned" if is_classifier else "pre-training",
+        "input_size": list(to_2tuple(trained.input_size)),
+        "patch_size": model.patch_embed.patch_size,
+        "in_chans": trained.in_chans,
+        "mean": trained.mean,
+        "std": trained.std,
+        "crop_pct": crop_ratio(trained),
+        "interpolation": "bicubic",
+        "class_names": trained.class_names,
+        "args": {name: getattr(trained, name) for name in names},
+    }
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()}
 
 
 class FeaturesOnly(nn.Module):
@@ -253,53 +145,52 @@ class FeaturesOnly(nn.Module):
 
 
 def write_onnx(model: nn.Module, trained, args) -> None:
-    """Write the graph and compare its outputs where onnxruntime is installed.
+    """Write the graph and, where onnxruntime is installed, compare its outputs.
 
     Raises:
         UserError: a package is missing.
+        RuntimeError: the outputs differ.
     """
-    for library in ("onnxscript", "onnx_ir"):
-        logging.getLogger(library).setLevel(logging.WARNING)
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(
             f"--to onnx needs {' and '.join(missing)}: "
             "pip install onnx onnxscript onnxruntime (the last to check the result)."
         )
-    names = ["logits"]
-    if args.features or not is_classifier(model):
-        model, names = FeaturesOnly(model).eval(), ["cls", "mean", "patches"]
-    trunk = getattr(model, "model", model)
-    imgs = example_images(trunk, 2)
-    # strict: the other way of tracing takes the number of example images for a constant.
-    shapes = {"imgs": {0: torch.export.Dim("batch", min=1)}}
-    with torch.no_grad():
-        graph = torch.export.export(model, (imgs,), dynamic_shapes=shapes, strict=True)
-        program = torch.onnx.export(
-            graph, input_names=["imgs"], output_names=names, dynamo=True, verbose=False
-        )
-    name_batch(program.model.graph)
-    program.model.metadata_props.update(describe(trunk, trained))
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if size > SINGLE_FILE_LIMIT:  # weights go to a file of their own, whose name is in the graph
-        program.save(str(args.out), external_data=True)
+    network, names = model, ["logits"]
+    if args.features or model.kind != "classifier":
+        network, names = FeaturesOnly(model).eval(), ["cls", "mean", "patches"]
+    program = trace_onnx(network, example_images(model, 2), names)
+    program.model.metadata_props.update(describe(model, trained))
+    if sum(p.numel() * p.element_size() for p in model.parameters()) > SINGLE_FILE_LIMIT:
+        program.save(str(args.out), external_data=True)  # the graph holds the second file's name
     else:
         with atomic_write(args.out) as tmp_path:
             program.save(str(tmp_path), external_data=False)
-    check_onnx(model, trunk, names, args.out)
+    for count in (1, 3):
+        check_onnx(network, example_images(model, count), names, args.out)
     logger.info("Wrote %s: imgs -> %s", args.out, ", ".join(names))
 
 
-def name_batch(graph) -> None:
-    """Call the free dimension "batch" in inputs and outputs."""
-    for value in (*graph.inputs, *graph.outputs):
+def trace_onnx(network: nn.Module, imgs: Tensor, names: list[str]):
+    """The network as an ONNX program whose batch dimension is dynamic and called "batch"."""
+    for library in ("onnxscript", "onnx_ir"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    shapes = {"imgs": {0: torch.export.Dim("batch", min=1)}}
+    with torch.no_grad():  # strict, because non-strict tracing fixes the batch size
+        graph = torch.export.export(network, (imgs,), dynamic_shapes=shapes, strict=True)
+        program = torch.onnx.export(
+            graph, input_names=["imgs"], output_names=names, dynamo=True, verbose=False
+        )
+    for value in (*program.model.graph.inputs, *program.model.graph.outputs):
         if isinstance(value.shape[0], int):
             raise RuntimeError(f"The batch of {value.name} was exported as {value.shape[0]}.")
         value.shape = type(value.shape)(["batch", *value.shape[1:]])
+    return program
 
 
-def check_onnx(model: nn.Module, trunk: nn.Module, names: list[str], path: Path) -> None:
-    """Run the file with onnxruntime on one and on three pictures, and compare.
+def check_onnx(network: nn.Module, imgs: Tensor, names: list[str], path: Path) -> None:
+    """Run the file with onnxruntime and compare.
 
     Raises:
         RuntimeError: outputs differ by more than ONNX_TOLERANCE.
@@ -310,30 +201,75 @@ def check_onnx(model: nn.Module, trunk: nn.Module, names: list[str], path: Path)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for count in (1, 3):
-        imgs = example_images(trunk, count)
-        with torch.no_grad():
-            ours = model(imgs)
-        ours = (ours,) if isinstance(ours, Tensor) else ours
-        theirs = session.run(names, {"imgs": imgs.numpy()})
-        for name, a, b in zip(names, theirs, ours, strict=True):
-            label = f"onnxruntime ({name}, {count} pictures)"
-            check_close(torch.from_numpy(a), b, ONNX_TOLERANCE, label)
+    with torch.no_grad():
+        expected = network(imgs)
+    expected = (expected,) if isinstance(expected, Tensor) else expected
+    outputs = map(torch.from_numpy, session.run(names, {"imgs": imgs.numpy()}))
+    for name, *pair in zip(names, outputs, expected, strict=True):
+        check_close(*pair, ONNX_TOLERANCE, f"onnxruntime ({name}, {len(imgs)} images)")
+
+
+def example_images(model: nn.Module, count: int) -> Tensor:
+    """Noise of the model's input size (count, C, H, W), the same in every call."""
+    size = (count, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def check_close(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    """Compare outputs, relative to the largest expected value if that is above 1.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    difference = (found - expected).abs().max().item()
+    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+        raise RuntimeError(f"Outputs of {name} differ from the model's by {difference:.2e}.")
+    logger.info("Outputs of %s equal the model's: largest difference %.1e", name, difference)
+
+
+def fold_probe(model: nn.Module) -> None:
+    """Replace a linear probe's BatchNorm and linear layer by one equivalent linear layer."""
+    norm, linear = model.head
+    with torch.no_grad():
+        scale = (norm.running_var + norm.eps).rsqrt()  # (D,)
+        linear.bias -= linear.weight @ (norm.running_mean * scale)
+        linear.weight *= scale
+    model.head = linear
 
 
 WRITERS = {"timm": write_timm, "safetensors": write_safetensors, "onnx": write_onnx}
 
 
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m tools.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="of main_pretrain.py or main_finetune.py: file or URL"
+    )
+    parser.add_argument("--to", required=True, choices=sorted(WRITERS), help="format to write")
+    parser.add_argument("--out", required=True, type=Path, help="folder for timm, else a file")
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="onnx of a fine-tuned checkpoint: features instead of logits",
+    )
+    parser.add_argument("--model", help="name of the model, if the checkpoint does not hold it")
+    return parser
+
+
 def main(args: argparse.Namespace) -> None:
-    """Write one form.
+    """Write one format.
 
     Raises:
-        UserError: --features with a form that does not know it, or as the writers say.
+        UserError: --features with another format, or as the writers say.
     """
     if args.features and args.to != "onnx":
         raise UserError("--features belongs to --to onnx; leave it out.")
     model, trained = load_trained(args.checkpoint, model=args.model)
-    if is_classifier(model) and isinstance(model.head, nn.Sequential):
+    if model.kind == "classifier" and isinstance(model.head, nn.Sequential):
         fold_probe(model)
         trained.linear_probe = False
     WRITERS[args.to](model, trained, args)

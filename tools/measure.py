@@ -1,4 +1,4 @@
-"""Time, memory and operations of a call."""
+"""Time, memory and floating-point operations of a call."""
 
 import statistics
 import time
@@ -9,53 +9,58 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 
-class Clock:
-    """Seconds of a call, the device's work included."""
+class Timer:
+    """Seconds per call, including the work that the call leaves on the device."""
 
-    def __init__(self, device: torch.device, steps: int, kind: str = "wall"):
+    def __init__(self, device: torch.device, steps: int, clock: str = "wall"):
+        """
+        Args:
+            steps: calls per timing.
+            clock: "wall", or "cpu" for the processor time of this process.
+        """
         self.device = device
         self.steps = steps
-        self.now = time.process_time if kind == "cpu" else time.perf_counter
+        self.now = time.process_time if clock == "cpu" else time.perf_counter
 
     def __call__(self, call: Callable[[], object]) -> float:
-        self.wait()
+        self.synchronize()
         start = self.now()
         for _ in range(self.steps):
             call()
-        self.wait()
+        self.synchronize()
         return (self.now() - start) / self.steps
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def compare(ours: Callable, textbook: Callable, clock: Clock, repeats: int) -> dict:
-    """Time both in turn: ratios above 1 mean that ours is faster.
+def compare(call: Callable, reference: Callable, timer: Timer, repeats: int) -> dict:
+    """Time both alternately; ratios above 1 mean that `call` is faster than `reference`.
 
-    The noise floor is the median deviation from 1 of the ratios of two textbook runs, measured in
-    the same loop on both sides of ours.
+    The noise floor is the median of |ratio - 1| over pairs of two reference runs, timed in the same
+    loop before and after `call`.
     """
-    for call in (ours, textbook):  # warm-up
-        clock(call)
-    times = {"ours": [], "textbook": [], "again": []}
+    for warm_up in (call, reference):
+        timer(warm_up)
+    times, before, after = [], [], []
     for _ in range(repeats):
-        times["textbook"].append(clock(textbook))
-        times["ours"].append(clock(ours))
-        times["again"].append(clock(textbook))
-    paired = [b / a for a, b in zip(times["ours"], times["textbook"], strict=True)]
-    noise = [b / a for a, b in zip(times["again"], times["textbook"], strict=True)]
+        before.append(timer(reference))
+        times.append(timer(call))
+        after.append(timer(reference))
+    ratios = [b / a for a, b in zip(times, before, strict=True)]
+    noise = [b / a for a, b in zip(after, before, strict=True)]
     return {
-        "ratio_median": statistics.median(paired),
-        "ratio_min": min(times["textbook"] + times["again"]) / min(times["ours"]),
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(before + after) / min(times),
         "noise_floor": statistics.median(abs(x - 1) for x in noise),
-        "seconds": statistics.median(times["ours"]),
-        "seconds_textbook": statistics.median(times["textbook"]),
+        "seconds": statistics.median(times),
+        "seconds_textbook": statistics.median(before),
     }
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Largest number of bytes alive at once that `call` allocates."""
+    """Peak of the bytes that `call` holds allocated at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -73,15 +78,15 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """Operations of the matrix products and attention in `call`; 2 per multiply-add."""
+    """FLOPs of the matrix products and attention in `call`; 2 per multiply-add."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """Operations per second of a large matrix product of random numbers: what the device can do."""
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """FLOP/s of a large matrix product of random values: an upper bound for the device."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    clock = Clock(device, steps=10)
-    clock(lambda: a @ b)
-    return 2 * size**3 / clock(lambda: a @ b)
+    timer = Timer(device, steps=10)
+    timer(lambda: a @ b)  # warm-up
+    return 2 * size**3 / timer(lambda: a @ b)

@@ -1,12 +1,12 @@
-"""The textbook form of CrossMAE and MAE: each formula of the papers written out, nothing saved.
+"""Reference implementation of CrossMAE and MAE: the papers' formulas written out, unoptimized.
 
-It reads the parameters of our models and computes the same loss, so tests compare with it and the
-benchmark measures against it: all patches are embedded and all targets normalised, feature maps are
-stacked along a new last dimension and weighted there, q, k and v are slices of one tensor, and
-masked patches are picked with boolean masks. Not used by any training run.
+It computes the loss from the parameters of the project's models; tests and the benchmark compare
+with it. All patches are embedded and all targets normalized, feature maps are stacked along a new
+last dimension and weighted there, q, k and v are slices of one tensor, and masked patches are
+selected with boolean masks. No training run uses it.
 
-Letters: B images, L patches, V visible, P predicted, D encoder width, E decoder width, K feature
-maps, J decoder blocks.
+Shapes: B images, L patches, V visible, P predicted, N and M tokens, D encoder width, E decoder
+width, K feature maps, J decoder blocks, C channels, H height, W width, p patch size.
 """
 
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 def reference_loss(
     model: nn.Module, imgs: Tensor, mask_ratio: float, kept_mask_ratio: float, noise: Tensor
 ) -> Tensor:
-    """Loss of a CrossMAE (with or without weighted maps) or MAE model; noise (B, L)."""
-    is_cross = not hasattr(model, "decoder_embed")
+    """Loss of a CrossMAE or MAE model: imgs (B, C, H, W), noise (B, L) -> scalar.
+
+    Patches with the smallest noise are visible, those with the largest are predicted.
+    """
+    is_cross = model.kind == "crossmae"
     num_patches = noise.shape[1]
     num_visible = int(num_patches * (1 - mask_ratio))
     num_dropped = int(num_patches * (mask_ratio - kept_mask_ratio)) if is_cross else 0
@@ -34,7 +37,7 @@ def reference_loss(
     x = x.gather(1, ids)
     x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
 
-    maps = [x] if getattr(model, "use_input", False) else []
+    maps = [x] if is_cross and model.use_input else []
     for i, block in enumerate(model.blocks):
         x = encoder_block(block, x)
         if is_cross and i in model.use_fm:
@@ -55,13 +58,13 @@ def reference_loss(
 
 
 def encoder_block(block: nn.Module, x: Tensor) -> Tensor:
-    """x + attention(norm1(x)), then x + mlp(norm2(x)), x (B, N, D)."""
+    """x + attention(norm1(x)), then x + mlp(norm2(x)): x (B, N, D) -> (B, N, D)."""
     x = x + self_attention(block.attn, block.norm1(x))
     return x + mlp(block.mlp, block.norm2(x))
 
 
 def self_attention(attn: nn.Module, x: Tensor) -> Tensor:
-    """Multi-head self-attention, x (B, N, D)."""
+    """Multi-head self-attention: x (B, N, D) -> (B, N, D)."""
     B, N, D = x.shape
     qkv = attn.qkv(x).reshape(B, N, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
     x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
@@ -73,7 +76,7 @@ def mlp(layers: nn.Module, x: Tensor) -> Tensor:
 
 
 def cross_attention(attn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Queries of x (B, N, E) on keys and values of y (B, M, D)."""
+    """Queries from x (B, N, E), keys and values from y (B, M, D) -> (B, N, E)."""
     B, N, E = x.shape
     q = attn.q(x).reshape(B, N, attn.num_heads, E // attn.num_heads).permute(0, 2, 1, 3)
     kv = attn.kv(y).reshape(B, y.shape[1], 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -82,7 +85,7 @@ def cross_attention(attn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_decoder(model, x: Tensor, maps: list[Tensor], ids_restore: Tensor, mask: Tensor):
-    """CrossMAE: predictions of the predicted patches in raster order, (B, P, pixels)."""
+    """CrossMAE: x (B, 1 + V, D) -> pixels of predicted patches, in raster order (B, P, p*p*C)."""
     if model.weight_fm:
         mixed = model.wfm.linear(torch.stack(maps, dim=-1))  # (B, N, D, K) -> (B, N, D, J)
         contexts = [norm(mixed[..., j]) for j, norm in enumerate(model.dec_norms)]
@@ -99,7 +102,7 @@ def cross_decoder(model, x: Tensor, maps: list[Tensor], ids_restore: Tensor, mas
 
 
 def mae_decoder(model, x: Tensor, maps: list[Tensor], ids_restore: Tensor, mask: Tensor) -> Tensor:
-    """MAE: predictions of all patches, (B, L, pixels)."""
+    """MAE: x (B, 1 + V, D) -> pixels of all patches (B, L, p*p*C)."""
     x = model.decoder_embed(model.norm(x))
     num_masked = ids_restore.shape[1] + 1 - x.shape[1]
     tokens = torch.cat([x[:, 1:], model.mask_token.repeat(len(x), num_masked, 1)], dim=1)

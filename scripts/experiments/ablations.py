@@ -1,9 +1,9 @@
-"""What the parts of CrossMAE do, at small scale: decoder depth, kept mask ratio, feature maps.
+"""Small ablations of CrossMAE: decoder depth, kept mask ratio, feature maps.
 
     python scripts/experiments/ablations.py [--seeds 5]
 
-One encoder, 20 epochs of digits; every line changes one thing of the first. Measured: the loss and
-the seconds of every epoch, kNN accuracy, and GFLOP of a forward pass of one picture.
+One encoder, 20 epochs of digits; each run changes one setting of the first. Measured: the loss of
+every epoch, the seconds of the run, kNN accuracy, and GFLOP of the forward pass of one image.
 """
 
 import common
@@ -14,7 +14,7 @@ import main_pretrain  # noqa: E402
 from util.build import build_pretrain_model  # noqa: E402
 
 ALL = "--weight_fm --use_input"  # the encoder's input and its six blocks
-RUNS = {  # what is changed: (kept mask ratio, decoder blocks, feature maps)
+RUNS = {  # name: (kept mask ratio, decoder blocks, feature maps)
     "CrossMAE": (0.75, 4, ALL),
     "decoder 1": (0.75, 1, ALL),
     "decoder 8": (0.75, 8, ALL),
@@ -38,13 +38,7 @@ def flags_of(run: str) -> str:
 
 def main(args) -> None:
     results = common.Results("ablations", key=("run", "seed"))
-    pictures = args.out / "digits/pictures"
-    common.make_folder(
-        pictures,
-        lambda folder: common.call(
-            f"{DATA['digits'].write} {common.quote(folder)}", args.out / "digits.txt"
-        ),
-    )
+    images = common.write_images(DATA["digits"].write, args.out / "digits")
 
     def measure(run: str, seed: int) -> None:
         if results.find(run=run, seed=seed) is not None:
@@ -52,14 +46,14 @@ def main(args) -> None:
         folder = args.out / "ablations" / f"{run} {seed}".replace(" ", "-").replace(",", "")
         flags = flags_of(run)
         losses, seconds = common.pretrain(
-            f"{flags} --epochs {EPOCHS} --seed {seed}", pictures, folder
+            f"{flags} --epochs {EPOCHS} --seed {seed}", images, folder
         )
         parsed = main_pretrain.get_args_parser().parse_args(f"{common.PRETRAIN} {flags}".split())
         with torch.device("meta"):
             model = build_pretrain_model(parsed)
         gflop, mparams = common.count_cost(model, 32, (0.75, parsed.kept_mask_ratio))
         row = dict(gflop=round(gflop, 4), mparams=round(mparams, 3), seconds=seconds)
-        row |= dict(knn=common.knn(folder / "checkpoint.pth", pictures), losses=losses)
+        row |= dict(knn=common.knn(folder / "checkpoint.pth", images), losses=losses)
         results.add(run=run, seed=seed, **row)
 
     for seed in range(args.seeds):

@@ -1,8 +1,8 @@
-"""What the experiments share: running the project's own commands, results that can be continued.
+"""Shared by the experiments: running the project's commands and storing their results.
 
-Every script here takes --out (where runs are written) and --jobs (commands at a time, each with one
-thread), and keeps its results in docs/results/NAME.json: a row per measurement. A row that is there
-is not measured again, so an interrupted experiment goes on where it was.
+Every script here takes --out (folder of the runs) and --jobs (commands in parallel, each with one
+thread), and keeps its results in docs/results/NAME.json, a row per measurement. Existing rows are
+not measured again, so an interrupted experiment resumes.
 """
 
 import argparse
@@ -45,15 +45,15 @@ def get_args_parser(description: str) -> argparse.ArgumentParser:
         "--out",
         type=lambda path: Path(path).resolve(),
         default=ROOT / "output/experiments",
-        help="for the runs",
+        help="folder of the runs",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="commands at a time (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="commands in parallel (default: 2)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
     return parser
 
 
 def read_results(name: str) -> dict:
-    """docs/results/NAME.json: machine and rows; no rows before its experiment was run."""
+    """docs/results/NAME.json: machine and rows; without rows if there is no such file."""
     path = ROOT / f"docs/results/{name}.json"
     return json.loads(path.read_text()) if path.exists() else {"machine": None, "rows": []}
 
@@ -61,7 +61,7 @@ def read_results(name: str) -> dict:
 class Results:
     """Rows of docs/results/NAME.json, each found by its `key` columns; safe between threads.
 
-    Ends the script if the rows are another machine's: a file is of one machine.
+    Exits if the rows were measured on another machine.
     """
 
     def __init__(self, name: str, key: tuple[str, ...]):
@@ -78,7 +78,7 @@ class Results:
             print(f"{len(self.rows)} results in {self.path} are not measured again.")
 
     def find(self, **key) -> dict | None:
-        """The row with these key columns, if it was measured."""
+        """The row with these key columns, or None."""
         return next((row for row in self.rows if all(row[k] == key[k] for k in self.key)), None)
 
     def add(self, **row) -> None:
@@ -99,12 +99,12 @@ def describe_machine() -> str:
 
 
 def quote(path: Path) -> str:
-    """A path as one word of a command, whatever is in it."""
+    """A path quoted for a command line."""
     return shlex.quote(str(path))
 
 
 def call(command: str, log: Path) -> tuple[str, float]:
-    """Run `python COMMAND` in the repository with one thread; (what it printed, seconds).
+    """Run `python COMMAND` in the repository with one thread; returns (output, seconds).
 
     Raises:
         RuntimeError: it failed; its output is in `log`.
@@ -126,13 +126,22 @@ def call(command: str, log: Path) -> tuple[str, float]:
 
 
 def make_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder, unless it is there; an interrupted one is begun anew."""
+    """Let `write` fill a folder unless it exists; an incomplete one is written again."""
     if not folder.exists():
-        begun = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(begun, ignore_errors=True)
-        begun.parent.mkdir(parents=True, exist_ok=True)
-        write(begun)
-        begun.rename(folder)
+        tmp_folder = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(tmp_folder, ignore_errors=True)
+        tmp_folder.parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_folder)
+        tmp_folder.rename(folder)
+
+
+def write_images(command: str, folder: Path) -> Path:
+    """Let `python COMMAND FOLDER` write the data set folder/pictures; returns that path."""
+    make_folder(
+        folder / "pictures",
+        lambda path: call(f"{command} {quote(path)}", folder / "pictures.txt"),
+    )
+    return folder / "pictures"
 
 
 def run_all(jobs: int, function: Callable, items: Iterable) -> list:
@@ -152,7 +161,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def pretrain(flags: str, data: Path, folder: Path) -> tuple[list[float], float]:
-    """Pre-train, unless the folder has it; (loss of every epoch, seconds)."""
+    """Pre-train, unless the folder holds the run; returns (loss of every epoch, seconds)."""
     time_file = folder / "seconds.txt"
     if not time_file.exists():
         _, seconds = call(
@@ -165,7 +174,7 @@ def pretrain(flags: str, data: Path, folder: Path) -> tuple[list[float], float]:
 
 
 def knn(checkpoint: Path, data: Path, k: int = 10) -> float:
-    """kNN accuracy in percent of the mean patch feature."""
+    """kNN accuracy in percent, on the mean patch feature."""
     command = (
         f"-m tools.knn --checkpoint {quote(checkpoint)} --data_path {quote(data)} --which mean "
         f"--k {k} --json"
@@ -175,7 +184,7 @@ def knn(checkpoint: Path, data: Path, k: int = 10) -> float:
 
 
 def count_cost(model: torch.nn.Module, size: int, ratios: tuple) -> tuple[float, float]:
-    """(GFLOP of a forward pass of one picture, million trained parameters), on the meta device."""
+    """(GFLOP of the forward pass of one image, million trainable parameters), on meta."""
     imgs = torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad():
         flops = count_flops(lambda: model.eval()(imgs, *ratios))

@@ -1,9 +1,9 @@
-"""FLOPs and parameters of every published model, counted, against the figures known for them.
+"""FLOPs and parameters of the published models, against those of the public implementation.
 
     python scripts/experiments/cost.py
 
-One image, forward pass, a multiply-add counted as two; nothing is computed (meta device), so it
-takes seconds. Speed and memory are tools.benchmark's business, see docs/experiments.md.
+Forward pass of one image, 2 FLOPs per multiply-add, on the meta device, so it takes seconds. For
+speed and memory see tools.benchmark.
 """
 
 import common
@@ -20,7 +20,7 @@ SIZES = {
     "H/14": ("huge_patch14", 224),
     "B/16 448": ("base_patch16", 448),
 }
-MODELS = {  # name: (decoder depth, kept mask ratio); None: not of this kind of model
+MODELS = {  # name: (decoder depth, kept mask ratio); None where the model has none
     "MAE, 8 blocks": (8, None),
     "MAE, 12 blocks": (12, None),
     "CrossMAE 0.75, 12 blocks": (12, 0.75),
@@ -29,7 +29,7 @@ MODELS = {  # name: (decoder depth, kept mask ratio); None: not of this kind of 
     "CrossMAE 0.25, 1 block": (1, 0.25),
     "classifier": (None, None),
 }
-# GFLOP and million trained parameters of the public implementation, counted in the same way.
+# GFLOP and million trainable parameters of the public implementation, counted the same way.
 KNOWN = {
     "MAE, 8 blocks": "5.17/28.2 19.56/111.7 41.51/329.2 97.12/656.6 86.2/-",
     "MAE, 12 blocks": "6.57/31.4 24.84/124.3 46.79/341.9 104.13/669.2 -/-",
@@ -42,7 +42,7 @@ KNOWN = {
 
 
 def build(model: str, factory: str, size: int) -> torch.nn.Module:
-    """The model without values."""
+    """The model on the meta device."""
     depth, kept = MODELS[model]
     with torch.device("meta"):
         if depth is None:

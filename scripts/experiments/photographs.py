@@ -1,27 +1,26 @@
-"""Crops of the photographs that scikit-learn and scikit-image carry, split by photograph.
+"""Write crops of the photographs in scikit-learn and scikit-image, split by photograph.
 
     python scripts/experiments/photographs.py OUT_DIR
 
-Ten photographs are for pre-training; seven others are never seen there. The task on those seven is
-to say which one a crop is from: training crops come from its left half, validation crops from its
-right half. All are grey, because colour alone would give the answer away.
+Ten photographs are for pre-training, seven others for the task: classify which of the seven a crop
+is from. Training crops come from the left half of a photograph, validation crops from the right
+half. All are grey, because color alone would identify the photograph.
 
-    OUT_DIR/seen/train/<photograph>/<number>.png     150 crops each, without labels in the task
-    OUT_DIR/unseen/train/<photograph>/<number>.png   100 crops each, of the left half
-    OUT_DIR/unseen/val/<photograph>/<number>.png     70 crops each, of the right half
+    OUT_DIR/seen/train/<photograph>/<index>.png     150 crops each, not used in the task
+    OUT_DIR/unseen/train/<photograph>/<index>.png   100 crops each, of the left half
+    OUT_DIR/unseen/val/<photograph>/<index>.png     70 crops each, of the right half
 
-The same call writes the same crops. Pictures: see the licences in both packages (scikit-image's
-skimage/data/README.txt); nothing of them is kept in this repository.
+Every call writes the same crops. For the licences of the photographs see both packages
+(skimage/data/README.txt); none is part of this repository.
 """
 
 import argparse
 import random
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
-
-from util.io.errors import UserError
 
 SIZE = 64
 SIDES = (64, 128)  # of a crop, in pixels of the photograph
@@ -38,16 +37,15 @@ UNSEEN = {
 
 
 def load_photographs(names: dict[str, str]) -> dict[str, Image.Image]:
-    """{name: grey picture}, read from the installed packages without importing them.
+    """{name: grey image}, read from the installed packages without importing them.
 
-    Raises:
-        UserError: a package is not installed.
+    Exits if a package is not installed.
     """
     photographs = {}
     for folder, files in names.items():
         package = find_spec(folder.split("/")[0])
         if package is None:
-            raise UserError(
+            sys.exit(
                 f"The photographs in {folder} are missing: run "
                 "`pip install -r scripts/experiments/requirements.txt`."
             )
@@ -57,28 +55,28 @@ def load_photographs(names: dict[str, str]) -> dict[str, Image.Image]:
     return photographs
 
 
-def write_crops(photograph: Image.Image, folder: Path, number: int, draw: random.Random) -> None:
-    """Square crops at random places, brought to SIZE; RGB files, as most data is."""
+def write_crops(photograph: Image.Image, folder: Path, count: int, rng: random.Random) -> None:
+    """Write random square crops, resized to SIZE, as RGB files."""
     folder.mkdir(parents=True, exist_ok=True)
     width, height = photograph.size
-    for index in range(number):
-        side = draw.randint(*SIDES)
-        left, top = draw.randint(0, width - side), draw.randint(0, height - side)
+    for index in range(count):
+        side = rng.randint(*SIDES)
+        left, top = rng.randint(0, width - side), rng.randint(0, height - side)
         box = (left, top, left + side, top + side)
         crop = photograph.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
         crop.convert("RGB").save(folder / f"{index:03}.png")
 
 
 def main(out: Path) -> None:
-    draw = random.Random(0)
+    rng = random.Random(0)
     for name, photograph in load_photographs(SEEN).items():
-        write_crops(photograph, out / "seen/train" / name, 150, draw)
+        write_crops(photograph, out / "seen/train" / name, 150, rng)
     for name, photograph in load_photographs(UNSEEN).items():
         width, height = photograph.size
         left = photograph.crop((0, 0, width // 2, height))
         right = photograph.crop((width // 2, 0, width, height))
-        write_crops(left, out / "unseen/train" / name, 100, draw)
-        write_crops(right, out / "unseen/val" / name, 70, draw)
+        write_crops(left, out / "unseen/train" / name, 100, rng)
+        write_crops(right, out / "unseen/val" / name, 70, rng)
     print(f"Wrote {len(list(out.rglob('*.png')))} crops to {out}")
 
 

@@ -1,10 +1,10 @@
-"""How time and memory of a pre-training step grow, measured on this machine.
+"""Speed and memory of a pre-training step on this machine, by model and input size.
 
     python scripts/experiments/speed.py [--device cuda]
 
-One thing at a time is changed from ViT-S, 224 pixels, batch 16, kept mask ratio 0.75, 12 decoder
-blocks, float32, one thread. Alone on the machine, or the seconds mean nothing. The last two rows
-are whole runs of the small model on digits with one and two processes, data loading included.
+Each row changes one setting of ViT-S, 224 pixels, batch 16, kept mask ratio 0.75, 12 decoder
+blocks, float32, one thread. Run it on an otherwise idle machine. The last two rows are training
+runs of the small model on digits with one and two ranks, including data loading.
 """
 
 import json
@@ -30,8 +30,8 @@ CHANGES = {
     "ViT-L, batch 2": "--model mae_vit_large_patch16 --batch_size 2",
     "ViT-H/14, batch 1": "--model mae_vit_huge_patch14 --batch_size 1",
 }
-PROCESSES = {"digits, 1 process": 1, "digits, 2 processes": 2}
-RUNS = [*CHANGES, *PROCESSES]
+RANKS = {"digits, 1 process": 1, "digits, 2 processes": 2}
+RUNS = [*CHANGES, *RANKS]
 TRAIN = f"main_pretrain.py {common.PRETRAIN} {common.CROSS} --decoder_depth 4 --input_size 32"
 
 
@@ -47,23 +47,17 @@ def measure_step(flags: str, args) -> dict:
     )
 
 
-def measure_processes(processes: int, args) -> dict:
-    """Images per second of all processes in the last of three epochs."""
-    pictures = args.out / "digits/pictures"
-    common.make_folder(
-        pictures,
-        lambda folder: common.call(
-            f"-m tools.demo_data {common.quote(folder)}", args.out / "digits.txt"
-        ),
-    )
-    launcher = f"-m torch.distributed.run --standalone --nproc_per_node={processes}"
-    batch = f"--batch_size {32 // processes} --epochs 3 --warmup_epochs 1"
+def measure_training(num_ranks: int, args) -> dict:
+    """Images per second of all ranks in the last of three epochs."""
+    images = common.write_images("-m tools.demo_data", args.out / "digits")
+    launcher = f"-m torch.distributed.run --standalone --nproc_per_node={num_ranks}"
+    batch = f"--batch_size {32 // num_ranks} --epochs 3 --warmup_epochs 1"
     printed, _ = common.call(
-        f"{launcher} {TRAIN} {batch} --data_path {common.quote(pictures)} --output_dir ''",
+        f"{launcher} {TRAIN} {batch} --data_path {common.quote(images)} --output_dir ''",
         args.out / "speed.txt",
     )
-    rates = re.findall(r"Epoch: \[\d+\] ([\d.]+) img/s", printed)
-    return dict(images_per_s=float(rates[-1]), gflop=None, mib=None)
+    speeds = re.findall(r"Epoch: \[\d+\] ([\d.]+) img/s", printed)
+    return dict(images_per_s=float(speeds[-1]), gflop=None, mib=None)
 
 
 def main(args) -> None:
@@ -71,9 +65,9 @@ def main(args) -> None:
     for run, flags in CHANGES.items():
         if results.find(run=run) is None:
             results.add(run=run, **measure_step(flags, args))
-    for run, processes in PROCESSES.items():
+    for run, num_ranks in RANKS.items():
         if results.find(run=run) is None:
-            results.add(run=run, **measure_processes(processes, args))
+            results.add(run=run, **measure_training(num_ranks, args))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The tables of docs/experiments.md and the README, from docs/results.
+"""Print the tables of docs/experiments.md, docs/performance.md and the README from docs/results.
 
     python scripts/experiments/tables.py          # print them
     python scripts/experiments/tables.py --write  # put them between <!-- table: NAME --> and
                                                   # <!-- end --> in the documents
 
-Means ± standard deviation over the seeds; of seconds the median, least and most.
+Mean ± standard deviation over seeds; of seconds median, minimum and maximum.
 """
 
 import argparse
@@ -31,16 +31,16 @@ def rows_of(name: str) -> list[dict]:
     return common.read_results(name)["rows"]
 
 
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean ± standard deviation; the mean alone of one value."""
+def mean_std(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation; the mean alone for one value."""
     if not values:
         return "-"
     more = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{more}"
 
 
-def time_spread(seconds: Iterable[float]) -> str:
-    """Median (least to most), because the load of the machine differs."""
+def median_range(seconds: Iterable[float]) -> str:
+    """Median (minimum to maximum), because the load of the machine varies."""
     values = [*seconds]
     return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
@@ -73,7 +73,7 @@ def measures_of(data: str) -> dict[str, dict[str, dict[int, float]]]:
 
 def accuracy_table(data: str) -> str:
     measures = measures_of(data)
-    body = [[arm] + [spread([*m[arm].values()]) for m in measures.values()] for arm in ARMS]
+    body = [[arm] + [mean_std([*m[arm].values()]) for m in measures.values()] for arm in ARMS]
     seeds = [str(max(len(seeds) for seeds in m.values())) for m in measures.values()]
     return table(["accuracy, %", *measures], [*body, ["seeds", *seeds]])
 
@@ -84,14 +84,16 @@ def pairs_table(data: str) -> str:
     for a, b in PAIRS:
         body.append([f"{a} − {b}"])
         for m in measures.values():
-            body[-1].append(spread([m[a][seed] - m[b][seed] for seed in m[a].keys() & m[b].keys()]))
+            body[-1].append(
+                mean_std([m[a][seed] - m[b][seed] for seed in m[a].keys() & m[b].keys()])
+            )
     return table(["paired difference", *measures], body)
 
 
 def seconds_table(data: str) -> str:
     rows = [row for row in rows_of("pretraining") if row["data"] == data]
     arms = dict.fromkeys(arm for arm in ARMS if by_seed(rows, "seconds", arm=arm))
-    values = [time_spread(by_seed(rows, "seconds", arm=arm).values()) for arm in arms]
+    values = [median_range(by_seed(rows, "seconds", arm=arm).values()) for arm in arms]
     return table(["pre-training", *arms], [["seconds", *values]])
 
 
@@ -103,9 +105,9 @@ def ablation_table() -> str:
             continue
         first = found[0]
         body.append([run, f"{first['gflop'] * 1000:.1f}", f"{first['mparams']:.2f}"])
-        body[-1].append(time_spread(row["seconds"] for row in found))
-        body[-1].append(spread([row["losses"][-1] for row in found], 3))
-        body[-1].append(spread([row["knn"] for row in found]))
+        body[-1].append(median_range(row["seconds"] for row in found))
+        body[-1].append(mean_std([row["losses"][-1] for row in found], 3))
+        body[-1].append(mean_std([row["knn"] for row in found]))
     head = ["run", "MFLOP", "million parameters", "seconds", "last loss", "kNN, %"]
     return table(head, body)
 
@@ -166,10 +168,10 @@ def all_tables() -> dict[str, str]:
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
-    """A document with its tables brought up to date.
+    """The text of a document with current tables.
 
     Raises:
-        KeyError: it names a table that does not exist.
+        KeyError: the text names an unknown table.
     """
     pattern = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", text)
@@ -177,7 +179,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="bring the documents up to date")
+    parser.add_argument("--write", action="store_true", help="update the documents")
     write, tables = parser.parse_args().write, all_tables()
     for name, text in tables.items():
         print(f"{name}\n\n{text}\n")

@@ -1,8 +1,8 @@
-"""What trained decoders read: attention of MAE to visible and hidden patches, map weights.
+"""What trained decoders attend to: MAE to visible and masked patches; weights of feature maps.
 
     python scripts/experiments/what_is_read.py [--seeds 5]
 
-Reads the checkpoints that pretraining_helps.py left; 200 validation pictures, mask ratio 0.75.
+Uses the checkpoints of pretraining_helps.py; 200 validation images, mask ratio 0.75.
 """
 
 import sys
@@ -19,9 +19,7 @@ NUM_IMAGES = 200
 def main(args) -> None:
     results = common.Results("what_is_read", key=("arm", "seed"))
     if not (args.out / "digits/pictures").exists():
-        sys.exit(
-            f"There are no runs in {args.out}: run pretraining_helps.py first, see its --help."
-        )
+        sys.exit(f"There are no runs in {args.out}: run pretraining_helps.py first.")
     paths = choose_images([str(args.out / "digits/pictures/val")], NUM_IMAGES)
     for seed in range(args.seeds):
         for arm in ("mae", "crossmae 0.75"):
@@ -33,7 +31,7 @@ def main(args) -> None:
             if arm == "mae":
                 noise = draw_noise(model, NUM_IMAGES, seed)
                 attention = read_attention(model, load_images(paths, trained), noise, 0.75, 0.75)
-                row |= dict(zip(READ, attention.mass.tolist(), strict=True))  # a list over blocks
+                row |= dict(zip(READ, attention.mass.tolist(), strict=True))  # one value per block
             else:
                 row["map_weights"] = model.wfm.linear.weight.tolist()  # decoder blocks x maps
             results.add(**row)

@@ -1,4 +1,4 @@
-"""Our forward and backward against the written-out form: the same loss and every gradient."""
+"""Forward and backward against the reference implementation: the same loss and every gradient."""
 
 import itertools
 
@@ -18,7 +18,7 @@ VARIANTS = [
 
 
 def perturb(model):
-    """Give biases and norm scales values, so that one left out shows."""
+    """Randomize biases and norm scales, so that a missing one shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -34,46 +34,45 @@ def loss_and_gradients(model, compute):
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal_to_textbook(model, ratios, size=(32, 32), channels=3):
+def assert_equal_to_reference(model, ratios, size=(32, 32), channels=3):
     imgs = torch.randn(3, channels, *size, generator=torch.Generator().manual_seed(2))
     noise = torch.rand(3, model.patch_embed.num_patches, generator=torch.Generator().manual_seed(3))
-    ours, our_grads = loss_and_gradients(model, lambda: model(imgs, *ratios, noise=noise))
-    book, book_grads = loss_and_gradients(
+    loss, grads = loss_and_gradients(model, lambda: model(imgs, *ratios, noise=noise))
+    expected, expected_grads = loss_and_gradients(
         model, lambda: reference_loss(model, imgs, *ratios, noise)
     )
-    assert abs(ours - book) <= 1e-6
-    for name, grad in our_grads.items():
-        assert (grad - book_grads[name]).abs().max() <= 1e-6, name
-    # the textbook runs blocks whose outputs nobody reads; their gradients are there, and zero or
-    # none
-    for name in book_grads.keys() - our_grads.keys():
-        assert not book_grads[name].any(), name
+    assert abs(loss - expected) <= 1e-6
+    for name, grad in grads.items():
+        assert (grad - expected_grads[name]).abs().max() <= 1e-6, name
+    # the reference also runs blocks whose outputs are unused; their gradients are zero
+    for name in expected_grads.keys() - grads.keys():
+        assert not expected_grads[name].any(), name
 
 
 @pytest.mark.parametrize("kept", [0.75, 0.25])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_cross_mae(tiny_cross, options, kept):
     model = perturb(tiny_cross(norm_pix_loss=True, **options))
-    assert_equal_to_textbook(model, (0.75, kept))
+    assert_equal_to_reference(model, (0.75, kept))
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_mae(tiny_mae, norm_pix_loss):
-    assert_equal_to_textbook(perturb(tiny_mae(norm_pix_loss=norm_pix_loss)), (0.75, 0.75))
+    assert_equal_to_reference(perturb(tiny_mae(norm_pix_loss=norm_pix_loss)), (0.75, 0.75))
 
 
 @pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
 def test_other_sizes_and_channels(which, request):
     build = request.getfixturevalue(which)
     model = perturb(build(img_size=(16, 48), in_chans=5))
-    assert_equal_to_textbook(model, (0.75, 0.5 if which == "tiny_cross" else 0.75), (16, 48), 5)
+    assert_equal_to_reference(model, (0.75, 0.5 if which == "tiny_cross" else 0.75), (16, 48), 5)
 
 
 @pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
 def test_checkpointing_changes_nothing(which, request):
     model = perturb(request.getfixturevalue(which)())
     model.grad_checkpointing = True
-    assert_equal_to_textbook(model, (0.75, 0.75))
+    assert_equal_to_reference(model, (0.75, 0.75))
 
 
 def test_compiled_blocks_keep_names_and_loss(tiny_cross):
@@ -81,12 +80,12 @@ def test_compiled_blocks_keep_names_and_loss(tiny_cross):
     names = list(model.state_dict())
     compile_blocks(model, backend="aot_eager")
     assert list(model.state_dict()) == names
-    assert_equal_to_textbook(model, (0.75, 0.25))
+    assert_equal_to_reference(model, (0.75, 0.25))
 
 
 @pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
 def test_under_bf16_autocast(which, request):
-    """Recomputed tensors are rounded as in forward: loss and gradients as close as bf16 is."""
+    """Recomputed tensors are rounded as in forward: the error is that of the reference in bf16."""
     model = perturb(request.getfixturevalue(which)())
     imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
 
@@ -100,10 +99,10 @@ def test_under_bf16_autocast(which, request):
     exact, exact_grads = loss_and_gradients(
         model, lambda: reference_loss(model, imgs, 0.75, 0.75, noise)
     )
-    ours, our_grads = loss_and_gradients(
+    loss, grads = loss_and_gradients(
         model, under_autocast(lambda: model(imgs, 0.75, 0.75, noise=noise))
     )
-    book, book_grads = loss_and_gradients(
+    expected, expected_grads = loss_and_gradients(
         model, under_autocast(lambda: reference_loss(model, imgs, 0.75, 0.75, noise))
     )
 
@@ -111,21 +110,21 @@ def test_under_bf16_autocast(which, request):
         error = sum((grads[n].float() - g).square().sum() for n, g in exact_grads.items())
         return (error / sum(g.square().sum() for g in exact_grads.values())).sqrt()
 
-    assert abs(ours - exact) <= 1.5 * abs(book - exact) + 1e-3
-    assert distance(our_grads) <= 1.2 * distance(book_grads)
-    assert all(g.dtype == torch.float32 for g in our_grads.values())
+    assert abs(loss - exact) <= 1.5 * abs(expected - exact) + 1e-3
+    assert distance(grads) <= 1.2 * distance(expected_grads)
+    assert all(g.dtype == torch.float32 for g in grads.values())
 
 
 def test_frozen_parts(tiny_cross):
-    """Blocks, norms and layers that are not trained; the gradients of the others stay."""
+    """Frozen blocks, norms and layers; the gradients of the rest are unchanged."""
     whole, part = tiny_cross(), tiny_cross()
     for frozen in (part.blocks[0], part.blocks[1].norm1, part.decoder_blocks[0].mlp.fc1):
         frozen.requires_grad_(False)
     imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     for model in (whole, part):
         model(imgs, noise=noise).backward()
-    for (name, ours), theirs in zip(whole.named_parameters(), part.parameters(), strict=True):
-        if theirs.requires_grad:
-            torch.testing.assert_close(theirs.grad, ours.grad, msg=name)
+    for (name, p), p_of_part in zip(whole.named_parameters(), part.parameters(), strict=True):
+        if p_of_part.requires_grad:
+            torch.testing.assert_close(p_of_part.grad, p.grad, msg=name)
         else:
-            assert theirs.grad is None, name
+            assert p_of_part.grad is None, name

@@ -1,0 +1,79 @@
+"""Statistics of images: format, size and channels of one; mean and std of a data set."""
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+
+from util.data.image_io import (
+    PIL_MODES,
+    as_file,
+    is_array,
+    naming,
+    open_image,
+    read_image,
+    reason_of,
+)
+from util.io.errors import BadImage
+
+GREY_MODES = ("1", "L", "I", "F")  # prefixes of Pillow's modes with one channel
+
+
+class ImageStats(NamedTuple):
+    """Statistics of one image, per channel; integer values are scaled to [0, 1]."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    mean: list[float]
+    mean_square: list[float]
+    is_grey: bool  # all channels are equal
+
+
+def inspect(path) -> ImageStats | str:
+    """Decode one file or shard member as training does; returns the reason where that fails."""
+    try:
+        with naming(path), as_file(path) as file:
+            file_format, mode, channels = read_header(file, is_array(path))
+        if channels in PIL_MODES and not is_array(path):
+            pixels, scale = read_image(path, channels), 255
+        else:
+            pixels, scale = open_image(path, channels), 1
+    except BadImage as error:
+        return reason_of(error.__cause__)
+    height, width = pixels.shape[1:]
+    mean, mean_square = [], []
+    for values in (channel.double() / scale for channel in pixels):
+        mean.append(values.mean().item())
+        mean_square.append(values.square().mean().item())
+    is_grey = len(pixels) > 1 and bool((pixels[:3] == pixels[:1]).all())
+    return ImageStats(file_format, mode, width, height, mean, mean_square, is_grey)
+
+
+def read_header(file, is_array: bool) -> tuple[str, str, int]:
+    """Format, mode (or dtype), and the number of channels to read an image with."""
+    if is_array:
+        array = np.lib.format.read_array(file)
+        return "NPY", str(array.dtype), array.shape[2] if array.ndim == 3 else 1
+    with Image.open(file) as img:
+        mode = img.mode
+        if img.format == "TIFF" and img.n_frames > 1:
+            channels = sum(len(page.getbands()) for page in ImageSequence.Iterator(img))
+            return "TIFF", f"{img.n_frames} pages {mode}", channels
+        return img.format, mode, 1 if mode.startswith(GREY_MODES) else 4 if mode == "RGBA" else 3
+
+
+def channel_mean_std(stats: list[ImageStats]) -> tuple[list[float], list[float]]:
+    """Mean and std of each channel of images with equal channels, each image weighted equally."""
+    mean = torch.tensor([s.mean for s in stats], dtype=torch.float64).mean(dim=0)
+    mean_square = torch.tensor([s.mean_square for s in stats], dtype=torch.float64).mean(dim=0)
+    return mean.tolist(), (mean_square - mean.square()).clamp(min=0).sqrt().tolist()
+
+
+def with_main_channels(stats: list[ImageStats]) -> list[ImageStats]:
+    """The images that have the most frequent number of channels."""
+    (channels, _), *_ = Counter(len(s.mean) for s in stats).most_common(1)
+    return [s for s in stats if len(s.mean) == channels]
