@@ -1,4 +1,4 @@
-"""Print the tables of docs/experiments.md, docs/performance.md and the README from docs/results.
+"""Print the tables of docs/experiments.md and docs/performance.md from docs/results.
 
     python scripts/experiments/tables.py          # print them
     python scripts/experiments/tables.py --write  # put them between <!-- table: NAME --> and
@@ -16,7 +16,7 @@ import ablations
 import common
 import speed
 
-DOCUMENTS = ("docs/experiments.md", "docs/performance.md", "README.md")
+DOCUMENTS = ("docs/experiments.md", "docs/performance.md")
 ARMS = ["crossmae 0.75", "crossmae 0.25", "mae", "scratch", "scratch, long"]
 PAIRS = [
     ("crossmae 0.75", "scratch"),
