@@ -37,7 +37,7 @@ def get_2d_sincos_pos_embed(
 
 
 def get_2d_sincos_pos_embed_from_grid(dim: int, grid: Sequence[Tensor]) -> Tensor:
-    """Embedding (L, dim) of L positions, given as (columns, rows), L values each."""
+    """Embedding (L, dim) of L positions, given as (columns, rows), L values each in any shape."""
     return torch.cat([get_1d_sincos_pos_embed_from_grid(dim // 2, pos) for pos in grid], dim=1)
 
 
@@ -47,7 +47,7 @@ def get_1d_sincos_pos_embed_from_grid(dim: int, pos: Tensor) -> Tensor:
     Computed in float64 ("Attention Is All You Need", arXiv 1706.03762).
     """
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-    angle = pos.reshape(-1, 1) * omega
+    angle = torch.as_tensor(pos).reshape(-1, 1) * omega
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
