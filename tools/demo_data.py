@@ -100,7 +100,7 @@ def is_complete(out_dir: Path, settings: dict) -> bool:
         )
     return found["complete"] and all(
         sum(1 for _ in (out_dir / folder).glob("*/*.png")) == count
-        for folder, count in found["pictures"].items()
+        for folder, count in found["images"].items()
     )
 
 
@@ -115,12 +115,12 @@ def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> 
     settings = {"image_size": IMAGE_SIZE, "labels_per_class": labels_per_class}
     record = out_dir / RECORD
     if is_complete(out_dir, settings):
-        return json.loads(record.read_text())["pictures"]
+        return json.loads(record.read_text())["images"]
 
     scans, labels = load_digits()
     split = split_indices(labels, labels_per_class)
     counts = {folder: len(indices) for folder, indices in split.items()}
-    state = {"settings": settings, "pictures": counts}
+    state = {"settings": settings, "images": counts}
     out_dir.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(state | {"complete": False}) + "\n")
     for folder, indices in split.items():

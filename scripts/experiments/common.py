@@ -136,12 +136,12 @@ def make_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_images(command: str, folder: Path) -> Path:
-    """Let `python COMMAND FOLDER` write the data set folder/pictures; returns that path."""
+    """Let `python COMMAND FOLDER` write the data set folder/images; returns that path."""
     make_folder(
-        folder / "pictures",
-        lambda path: call(f"{command} {quote(path)}", folder / "pictures.txt"),
+        folder / "images",
+        lambda path: call(f"{command} {quote(path)}", folder / "images.txt"),
     )
-    return folder / "pictures"
+    return folder / "images"
 
 
 def run_all(jobs: int, function: Callable, items: Iterable) -> list:

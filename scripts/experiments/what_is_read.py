@@ -18,9 +18,9 @@ NUM_IMAGES = 200
 
 def main(args) -> None:
     results = common.Results("what_is_read", key=("arm", "seed"))
-    if not (args.out / "digits/pictures").exists():
+    if not (args.out / "digits/images").exists():
         sys.exit(f"There are no runs in {args.out}: run pretraining_helps.py first.")
-    paths = choose_images([str(args.out / "digits/pictures/val")], NUM_IMAGES)
+    paths = choose_images([str(args.out / "digits/images/val")], NUM_IMAGES)
     for seed in range(args.seeds):
         for arm in ("mae", "crossmae 0.75"):
             if results.find(arm=arm, seed=seed) is not None:

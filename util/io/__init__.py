@@ -1,1 +1,1 @@
-"""Files: atomic writes, downloads, checkpoint files, and the errors a user can act on."""
+"""Files and errors: atomic writes, downloads, checkpoint files; imported by everything."""

@@ -1,1 +1,1 @@
-"""The parts models are made of; imported by models and by util/vis."""
+"""Building blocks of the models; imported by models_*.py, util/build.py, util/vis and tools."""

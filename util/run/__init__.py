@@ -1,1 +1,1 @@
-"""What a run does around its epochs: flags, launch, state, log."""
+"""A run around its epochs: flags, launch, output folder, state, logs; for scripts and engines."""
