@@ -407,12 +407,12 @@ def test_download(site, tmp_path, capfd):
     folder, address = site
     for sub in ("a", "b"):
         (folder / sub).mkdir()
-        torch.save({"model": {}, "epoch": sub}, folder / sub / "checkpoint.pth")
-    assert read_checkpoint(f"{address}/a/checkpoint.pth?download=true")["epoch"] == "a"
-    assert read_checkpoint(f"{address}/b/checkpoint.pth")["epoch"] == "b"
+        torch.save({"model": {}, "class_names": [sub]}, folder / sub / "checkpoint.pth")
+    assert read_checkpoint(f"{address}/a/checkpoint.pth?download=true")["class_names"] == ["a"]
+    assert read_checkpoint(f"{address}/b/checkpoint.pth")["class_names"] == ["b"]
     assert "100%" in capfd.readouterr().err
     shutil.rmtree(folder)
-    assert read_checkpoint(f"{address}/b/checkpoint.pth")["epoch"] == "b"
+    assert read_checkpoint(f"{address}/b/checkpoint.pth")["class_names"] == ["b"]
     assert len(cached(tmp_path)) == 2
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from util.io.checkpoint_content import check_content
 from util.io.download import fetch
 from util.io.errors import CheckpointError, one_line
 from util.io.files import atomic_write
@@ -43,11 +44,9 @@ def read_checkpoint(source: str | Path) -> dict:
     size = path.stat().st_size
     try:
         if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        if zipfile.is_zipfile(path):
-            check_zip(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = read_safetensors(path)
+        else:
+            checkpoint = read_torch(path)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -62,9 +61,18 @@ def read_checkpoint(source: str | Path) -> dict:
             f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; a dict with the entry "
             "'model' or a state dict is needed."
         )
-    return {
-        key: read_args(path, value) if key == "args" else value for key, value in checkpoint.items()
-    }
+    if "args" in checkpoint:
+        checkpoint = {**checkpoint, "args": read_args(path, checkpoint["args"])}
+    check_content(checkpoint, path)
+    return checkpoint
+
+
+def read_torch(path: Path):
+    """Content of a file that torch.save wrote; raises whatever the libraries raise."""
+    if zipfile.is_zipfile(path):
+        check_zip(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_safetensors(path: Path) -> dict:
