@@ -1,37 +1,36 @@
-"""What a decoder reads: the attention of predicted patches, recomputed and drawn.
+"""Where the decoder's predicted patches attend to, recomputed and drawn.
 
-Letters: B images, L patches, V visible, P predicted, N query tokens, M key tokens, H heads, d head
+Notation: B images, L patches, V visible, P predicted, N query tokens, M key tokens, H heads, d head
 width, J decoder blocks.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from util.layers.masking import gather_tokens
-from util.vis.figures import (
-    GREY,
-    TILE_SIDE,
-    Page,
-    color,
-    enlarge,
-    fit,
-    heat_map,
-    outline,
-    patch_area,
-    to_rgb,
-)
-from util.vis.reconstruction import draw_noise, predicts_a_part, share_to_predict
+from util.vis.figures import DPI, GAP, LINE, PixelLayout, add_heat_map, to_rgb
+from util.vis.reconstruction import GREY, choose_kept_mask_ratio, draw_noise, patch_area
 
 READ = ("visible", "masked", "class token")  # what a decoder may attend to
-MIN_SIDE = 4  # pixels of a patch in a map
+COLORS = colormaps["magma"].with_extremes(bad=[GREY / 255] * 3)  # grey: not readable
+FRAME = "cyan"
+WIDTH = int(7 * DPI)  # pixels that a row of maps takes at most, unless there are many blocks
+TILE_SIDE = int(1.1 * DPI)  # pixels of one map, at most
+NAMES_WIDTH = int(0.6 * DPI)  # pixels that the names in READ take
+MIN_SIDE = 8  # pixels of a patch in a map, at least
 
 
 class DecoderAttention(NamedTuple):
-    """What the predicted patches read, mean over heads."""
+    """Attention of the predicted patches, mean over heads."""
 
     weights: Tensor  # (J, B, P, 1 + L): class token first, then patches; 0 where nothing is read
     ids_pred: Tensor  # (B, P)
@@ -39,8 +38,8 @@ class DecoderAttention(NamedTuple):
 
     @property
     def mass(self) -> Tensor:
-        """Share of a predicted patch's attention that goes to each of READ, mean over patches and
-        pictures: (3, J), every column sums to 1.
+        """Fraction of a predicted patch's attention that goes to each of READ, mean over patches
+        and images: (3, J), every column sums to 1.
         """
         cls, patches = self.weights[..., 0], self.weights[..., 1:]
         is_visible = self.visible.unsqueeze(1)
@@ -54,18 +53,18 @@ def read_attention(
 ) -> DecoderAttention:
     """Attention of every decoder block on imgs (B, C, H, W), masked by noise (B, L).
 
-    Recomputed from the queries and keys that the model's own layers give; the model runs unchanged.
-    CrossMAE's queries read the class token and visible patches, MAE's all patches.
+    Recomputed from the queries and keys of the model's own layers; the model runs unchanged.
+    CrossMAE's queries attend to the class token and visible patches, MAE's to all patches.
     """
     masking = model.draw_masking(imgs, mask_ratio, kept_mask_ratio, noise)
-    is_cross = predicts_a_part(model)
+    is_cross = model.kind == "crossmae"
     layers = [block.cross_attn if is_cross else block.attn for block in model.decoder_blocks]
     projections = [p for x in layers for p in ((x.q, x.kv) if is_cross else (x.qkv,))]
     with catch_outputs(projections) as outputs:
         model(imgs, mask_ratio, kept_mask_ratio, noise=noise)
-    weights = [attention_weights(layer, outputs).mean(1) for layer in layers]  # (B, N, M) each
+    weights = [attention_weights(x, outputs, is_cross).mean(1) for x in layers]  # (B, N, M) each
     if is_cross:
-        weights = [spread(w, masking.ids_keep, masking.order.shape[1]) for w in weights]
+        weights = [scatter_columns(w, masking.ids_keep, masking.order.shape[1]) for w in weights]
     else:
         weights = [gather_tokens(w, 1 + masking.ids_pred) for w in weights]
     visible = torch.zeros_like(masking.mask).scatter_(1, masking.ids_keep, 1).bool()
@@ -88,100 +87,143 @@ def catch_outputs(modules: Sequence[nn.Module]):
             handle.remove()
 
 
-def attention_weights(layer: nn.Module, outputs: dict[nn.Module, Tensor]) -> Tensor:
+def attention_weights(layer: nn.Module, outputs: dict[nn.Module, Tensor], is_cross: bool) -> Tensor:
     """softmax(q k^T / sqrt(d)), written out: (B, H, N, M).
 
     Args:
-        layer: util.layers.blocks.CrossAttention or Attention.
-        outputs: what its projections gave.
+        layer: util.layers.blocks.CrossAttention if is_cross, else Attention.
+        outputs: of its projections.
     """
-    if hasattr(layer, "qkv"):
-        q, k, _ = outputs[layer.qkv].unflatten(2, (3, layer.num_heads, -1)).unbind(2)
-    else:
+    if is_cross:
         q = outputs[layer.q].unflatten(2, (layer.num_heads, -1))
         k, _ = outputs[layer.kv].unflatten(2, (2, layer.num_heads, -1)).unbind(2)
+    else:
+        q, k, _ = outputs[layer.qkv].unflatten(2, (3, layer.num_heads, -1)).unbind(2)
     logits = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float())
     return (logits / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
-def spread(weights: Tensor, ids_keep: Tensor, num_patches: int) -> Tensor:
-    """Columns of the visible patches to their places: (B, P, 1 + V) -> (B, P, 1 + L)."""
+def scatter_columns(weights: Tensor, ids_keep: Tensor, num_patches: int) -> Tensor:
+    """Columns of the visible patches to their positions: (B, P, 1 + V) -> (B, P, 1 + L)."""
     columns = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep], dim=1).unsqueeze(1)
     full = weights.new_zeros(*weights.shape[:2], 1 + num_patches)
     return full.scatter_(2, columns.expand_as(weights), weights)
 
 
-def attention_grid(
+def draw_attention(
     model: nn.Module,
     imgs: Tensor,
     args,
     mask_ratios: Sequence[float] | None = None,
     kept_mask_ratio: float | None = None,
     seed: int = 0,
-    title: str = "",
+    caption: str = "",
     num_patches: int = 3,
-) -> Tensor:
-    """What predicted patches read: one row per patch, one column per decoder block.
+) -> Figure:
+    """Attention of predicted patches: one row per patch, one column per decoder block.
+
+    Above the rows, the fraction of attention that goes to each of READ.
 
     Args:
-        num_patches: predicted patches of each picture, spread evenly over its raster order.
-        others: as for util.vis.reconstruction.reconstruction_grid.
+        num_patches: predicted patches of each image, spread evenly over its raster order.
+        others: as for util.vis.reconstruction.draw_reconstructions.
 
     Raises:
         UserError: as there.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
-    page = Page()
-    if title:
-        page.add_text(title)
-    for note in notes(model):
-        page.add_text(note)
+    pixels = to_rgb(imgs, args.mean, args.std)
+    layout = AttentionLayout(model)
     for mask_ratio in mask_ratios or [args.mask_ratio]:
-        kept = share_to_predict(model, args, mask_ratio, kept_mask_ratio)
+        kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
         attention = read_attention(model, imgs, noise, mask_ratio, kept)
-        page.add_text(
-            f"mask ratio {mask_ratio:g}: where the attention goes, mean over all "
-            f"{attention.ids_pred.numel()} predicted patches; over the blocks it adds up to "
-            + ", ".join(f"{x:.2f} {n}" for n, x in zip(READ, attention.mass.sum(1), strict=True))
+        layout.add_summary(attention, mask_ratio)
+        num_predicted = attention.ids_pred.shape[1]
+        count = min(num_patches, num_predicted)
+        for i, image in enumerate(pixels):
+            for j in range(count):
+                layout.add_maps(image, attention, i, (2 * j + 1) * num_predicted // (2 * count))
+        layout.top += 2 * GAP
+    return layout.finish(" ".join([caption, *notes(model)]).strip())
+
+
+class AttentionLayout(PixelLayout):
+    """Rows of maps below each other: the masked image, then one map per decoder block."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.reads_masked = model.kind == "mae"
+        self.grid = model.patch_embed.grid_size
+        self.num_blocks = len(model.decoder_blocks)
+        tile = min(TILE_SIDE, WIDTH // (1 + self.num_blocks) - GAP)
+        side = max(MIN_SIDE, tile // max(self.grid))  # of a patch
+        self.height, self.width = (count * side for count in self.grid)
+        self.first = max(self.width, NAMES_WIDTH) + GAP  # where the map of block 1 begins
+        self.pitch = self.width + GAP
+        self.right = self.first + self.num_blocks * self.pitch
+        self.top = 0
+
+    def add_summary(self, attention: DecoderAttention, mask_ratio: float) -> None:
+        """The fraction of attention that goes to each of READ, above the maps of each block."""
+        mass = attention.mass.cpu()
+        sums = ", ".join(f"{x:.2f} {name}" for name, x in zip(READ, mass.sum(1), strict=True))
+        text = (
+            f"Mask ratio {mask_ratio:g}: fraction of attention, mean over all "
+            f"{attention.ids_pred.shape[1]} predicted patches; sum over blocks: {sums}"
         )
-        blocks = [f"block {j + 1}" for j in range(len(attention.weights))]
-        page.add_picture(heat_map(attention.mass, READ, blocks))
-        for i, img in enumerate(to_rgb(imgs, args.mean, args.std)):
-            for tiles, labels in attention_rows(model, img, attention, i, num_patches):
-                page.add_tiles(tiles, labels)
-    return page.draw()
+        self.top = self.add_text(text, 0, self.top, self.right) + 2 * LINE
+        axes = add_heat_map(
+            self,
+            mass.numpy(),
+            (self.pitch, 3 * LINE // 2),
+            self.first - GAP // 2,
+            self.top,
+            names=(READ, [f"block {j + 1}" for j in range(self.num_blocks)]),
+            label="fraction",
+            texts=np.array([[f"{x:.2f}" for x in row] for row in mass.tolist()]),
+            cmap=COLORS,
+            vmin=0,
+            vmax=1,
+        )
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        self.top += len(READ) * 3 * LINE // 2 + GAP
 
+    def add_maps(
+        self, image: np.ndarray, attention: DecoderAttention, index: int, query: int
+    ) -> None:
+        """One row: what predicted patch `query` of image `index` (H, W, 3) attends to."""
+        row, column = divmod(attention.ids_pred[index, query].item(), self.grid[1])
+        visible = attention.visible[index : index + 1]
+        maps = attention.weights[:, index, query, 1:].cpu().numpy().reshape(-1, *self.grid)
+        largest = maps.max()
+        if not self.reads_masked:
+            maps = np.where(patch_area(visible, self.grid, 1), maps, np.nan)
+        area = patch_area(visible, self.grid, len(image) // self.grid[0])[0, ..., None]
+        extent = (-0.5, self.grid[1] - 0.5, self.grid[0] - 0.5, -0.5)  # in patches
+        masked = np.where(area, image, np.uint8(GREY))
+        tiles = [self.add_tile(masked, 0, extent=extent, interpolation="auto")]
+        for j, values in enumerate(maps):
+            left = self.first + j * self.pitch
+            tiles.append(self.add_tile(values, left, cmap=COLORS, vmin=0, vmax=largest))
+        for axes in tiles:
+            frame = dict(fill=False, edgecolor=FRAME, linewidth=1, clip_on=False)
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
+        self.add_colorbar(tiles[-1].images[0], self.right, self.top, self.height)
+        self.top += self.height + GAP
 
-def attention_rows(
-    model: nn.Module, img: Tensor, attention: DecoderAttention, index: int, num_patches: int
-) -> Iterator[tuple[list[Tensor], list[str]]]:
-    """Tiles and labels for some predicted patches of picture `index`, uint8 (3, height, width)."""
-    grid = model.patch_embed.grid_size
-    side = max(MIN_SIDE, round(TILE_SIDE / max(grid)))
-    area = patch_area(attention.visible[index : index + 1], grid, side)[0].cpu()
-    masked = fit(img.cpu(), grid[0] * side, grid[1] * side).where(area, GREY)
-    readable = area if predicts_a_part(model) else torch.ones_like(area)
-    num_predicted = attention.ids_pred.shape[1]
-    number = min(num_patches, num_predicted)
-    for place in [(2 * i + 1) * num_predicted // (2 * number) for i in range(number)]:
-        row, column = divmod(attention.ids_pred[index, place].item(), grid[1])
-        tiles, labels = [masked], ["masked"]
-        for j, weights in enumerate(attention.weights[:, index, place, 1:].cpu()):
-            largest = weights.max().clamp(min=1e-12)
-            heat = enlarge(color((weights / largest).unflatten(0, grid)), side)
-            tiles.append(heat.where(readable, GREY))
-            labels.append(f"block {j + 1}: {largest:.3f}")
-        yield [outline(tile, row, column, side) for tile in tiles], labels
+    def add_tile(self, image: np.ndarray, left: int, **kwargs) -> Axes:
+        return self.add_image(image, left, self.top, self.width, self.height, **kwargs)
 
 
 def notes(model: nn.Module) -> list[str]:
-    """How the maps are to be read."""
+    """What a reader has to know, one sentence each."""
     found = [
-        "Attention of predicted patches (framed) in the decoder, mean over heads. In each map, "
-        "black is 0 and the brightest colour the number above it."
+        "Attention of predicted patches (framed) in each decoder block, mean over heads. First "
+        "column: the masked image."
     ]
-    if predicts_a_part(model):
-        found.append("Grey patches are hidden: this decoder reads visible patches only.")
-    if getattr(model.decoder_blocks[0], "has_self_attn", False):
-        found.append("Its self-attention between predicted patches is not drawn.")
+    if model.kind == "crossmae":
+        found.append("Grey: masked patches, which this decoder does not attend to.")
+        if model.decoder_blocks[0].has_self_attn:
+            found.append("Its self-attention between predicted patches is not shown.")
     return found

@@ -1,164 +1,177 @@
-"""Drawing: pages of text, tiles and heat maps, made with Pillow and returned as uint8 tensors.
+"""What all figures share: layout in whole pixels, heat maps, colours of images, file formats.
 
-Knows nothing of models. Letters: B images, C channels, H height, W width, L patches.
+Figures are matplotlib's and made without pyplot: no window, no global state.
+
+Notation: B images, C channels, H height, W width.
 """
 
+import math
+import textwrap
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from util.io.errors import UserError
+from util.io.files import atomic_write
 
-GREY = 128  # what is not shown
-HATCH = (150, 205)  # the two greys of what is missing
-INK = (20, 20, 20)
-PAPER = (255, 255, 255)
-FRAME = (0, 235, 235)
-GAP = 8  # pixels between the parts of a page
-TEXT_SIZE = 14
-CELL_HEIGHT = 26  # of a heat map
-MIN_WIDTH = 420  # of a page, so that its text finds room
-TILE_SIDE = 160  # small pictures are enlarged to about this
-
-# Stops of the colour scales, evenly spaced: dark to bright, and blue over white to red.
-HEAT = ((10, 8, 35), (85, 20, 110), (190, 55, 85), (245, 130, 30), (252, 250, 170))
-SIGNED = ((25, 60, 150), (120, 165, 220), (250, 250, 250), (230, 140, 110), (150, 20, 35))
+DPI = 256  # a power of two: inches = pixels / DPI is exact
+GAP = 16  # pixels between the parts of a figure
+FONT_SIZE = 7  # points
+LINE = round(1.3 * FONT_SIZE / 72 * DPI)  # pixels from one line of text to the next
+MIN_TEXT_WIDTH = int(3.4 * DPI)  # pixels of a line in a caption
+# formats by suffix, with the metadata that would make two equal figures different files
+FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
-@cache
-def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
-    """The typeface that comes with Pillow."""
-    return ImageFont.load_default(size)
+class PixelLayout:
+    """A figure whose axes have exact positions and sizes in the pixels of its PNG file.
 
-
-def text_width(text: str, size: int = TEXT_SIZE) -> int:
-    """Pixels that one line of text takes."""
-    return int(font(size).getlength(text)) + 1
-
-
-def line_height(size: int = TEXT_SIZE) -> int:
-    return round(size * 1.35)
-
-
-class Page:
-    """A picture that grows downwards: lines of text, rows of tiles."""
+    x counts from the left, y downwards. At the end, `finish` fits the figure to its content.
+    """
 
     def __init__(self):
-        self.parts: list[str | Image.Image] = []
+        self.figure = Figure(figsize=(1, 1), dpi=DPI)
+        self.figure.patch.set_in_layout(False)
+        self.axes: list[tuple[Axes, tuple[int, int, int, int]]] = []
+        self.texts = []
 
-    def add_text(self, text: str) -> None:
-        """A paragraph; it is wrapped to the width of the page."""
-        self.parts.append(text)
+    def add_axes(self, left: int, top: int, width: int, height: int) -> Axes:
+        axes = self.figure.add_axes((0, 0, 1, 1))
+        axes.tick_params(labelsize=FONT_SIZE)
+        self.axes.append((axes, (left, top, width, height)))
+        return axes
 
-    def add_picture(self, picture: Image.Image) -> None:
-        """A part of its own, at the left margin."""
-        self.parts.append(picture)
+    def add_image(self, image: np.ndarray, left: int, top: int, width: int, height: int, **kwargs):
+        """Axes without frame that `image` fills; kwargs as for imshow."""
+        axes = self.add_axes(left, top, width, height)
+        axes.set_axis_off()
+        axes.imshow(image, **({"aspect": "auto", "interpolation": "nearest"} | kwargs))
+        return axes
 
-    def add_tiles(self, tiles: Sequence[Tensor], labels: Sequence[str] = ()) -> None:
-        """A row of tiles (3, H, W) of one size, each below its label."""
-        height, width = tiles[0].shape[1:]
-        column = max([width, *(text_width(label) for label in labels)]) + GAP
-        top = line_height() if labels else 0
-        row = Image.new("RGB", (column * len(tiles) - GAP, top + height), PAPER)
-        draw = ImageDraw.Draw(row)
-        for i, label in enumerate(labels):
-            draw.text((i * column, 0), label, INK, font())
-        for i, tile in enumerate(tiles):
-            row.paste(to_pil_image(tile.cpu()), (i * column, top))
-        self.parts.append(row)
+    def add_text(self, text: str, left: int, top: int, width: int | None = None) -> int:
+        """Text, wrapped to about `width` pixels; returns where the next line would begin."""
+        if width is not None:
+            text = wrap(text, width)
+        artist = self.figure.text(0, 0, plain(text), fontsize=FONT_SIZE, va="top", linespacing=1.3)
+        self.texts.append((artist, (left, top)))
+        return top + LINE * (text.count("\n") + 1)
 
-    def draw(self) -> Tensor:
-        """The page as uint8 (3, H, W)."""
-        texts = [part for part in self.parts if isinstance(part, str)]
-        pictures = [part for part in self.parts if not isinstance(part, str)]
-        words = [text_width(word) for text in texts for word in text.split()]
-        width = max([MIN_WIDTH, *words, *(picture.width for picture in pictures)])
-        parts = [draw_text(p, width) if isinstance(p, str) else p for p in self.parts]
-        height = sum(part.height + GAP for part in parts) + GAP
-        page = Image.new("RGB", (width + 2 * GAP, height), PAPER)
-        top = GAP
-        for part in parts:
-            page.paste(part, (GAP, top))
-            top += part.height + GAP
-        return pil_to_tensor(page)
+    def add_colorbar(self, colors: ScalarMappable, left: int, top: int, height: int, label=""):
+        """A colour bar, its ticks and label to the right; returns matplotlib's Colorbar."""
+        bar = self.figure.colorbar(colors, cax=self.add_axes(left, top, GAP, height))
+        bar.set_label(label, fontsize=FONT_SIZE)
+        bar.ax.locator_params(nbins=max(2, min(5, height // (2 * LINE))))
+        bar.outline.set_linewidth(0.5)
+        return bar
+
+    def finish(self, caption: str = "") -> Figure:
+        """The figure with a margin of GAP around its content and the caption below."""
+        self.place(0, 0)
+        left, top, right, bottom = self.measure()
+        if caption:
+            width = max(right - left, MIN_TEXT_WIDTH)
+            self.add_text(caption, left, bottom + 2 * GAP, width)
+            self.place(0, 0)
+            left, top, right, bottom = self.measure()
+        size = right - left + 2 * GAP, bottom - top + 2 * GAP
+        self.figure.set_size_inches(size[0] / DPI, size[1] / DPI)
+        self.place(GAP - left, GAP - top)
+        return self.figure
+
+    def measure(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of everything that is drawn, rounded outwards."""
+        box = self.figure.get_tightbbox(FigureCanvasAgg(self.figure).get_renderer())  # inches
+        height = self.figure.get_figheight()
+        edges = (box.x0, height - box.y1, -box.x1, box.y0 - height)
+        left, top, right, bottom = (math.floor(edge * DPI) for edge in edges)
+        return left, top, -right, -bottom
+
+    def place(self, x: int, y: int) -> None:
+        """Give all parts their positions, moved by (x, y), as matplotlib's fractions."""
+        figure_width, figure_height = self.figure.get_size_inches() * DPI
+        for axes, (left, top, width, height) in self.axes:
+            bottom = figure_height - (y + top + height)
+            axes.set_position(
+                (
+                    (x + left) / figure_width,
+                    bottom / figure_height,
+                    width / figure_width,
+                    height / figure_height,
+                )
+            )
+        for text, (left, top) in self.texts:
+            text.set_position(((x + left) / figure_width, 1 - (y + top) / figure_height))
 
 
-def draw_text(text: str, width: int) -> Image.Image:
-    """Text as a picture of that width, in as many lines as it needs."""
-    lines = wrap(text, width)
-    picture = Image.new("RGB", (width, line_height() * len(lines)), PAPER)
-    draw = ImageDraw.Draw(picture)
-    for i, line in enumerate(lines):
-        draw.text((0, i * line_height()), line, INK, font())
-    return picture
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most that many pixels, unless one word takes more."""
-    lines = []
-    for word in text.split():
-        if lines and text_width(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-def heat_map(
-    matrix: Tensor, row_names: Sequence[str], column_names: Sequence[str], signed: bool = False
-) -> Image.Image:
-    """A matrix (rows, columns) as coloured cells with their numbers and names.
+def add_heat_map(
+    layout: PixelLayout,
+    values: np.ndarray,
+    cell: tuple[int, int],
+    left: int = 0,
+    top: int = 0,
+    *,
+    names: tuple[Sequence[str] | None, Sequence[str] | None],
+    label: str,
+    texts: np.ndarray | None = None,
+    text_size: float = FONT_SIZE,
+    **kwargs,
+) -> Axes:
+    """A matrix (rows, columns) as coloured cells, its colour bar to the right.
 
     Args:
-        signed: white is 0, blue below, red above; else dark is 0 and bright the largest number.
+        cell: width and height in pixels.
+        names: of the rows and of the columns; None: ticks by index.
+        label: of the colour bar.
+        texts: (rows, columns) of what to write into the cells, left out where the longest does
+            not fit.
+        kwargs: cmap, vmin and vmax, as for imshow.
     """
-    values = matrix.detach().float().cpu()
-    largest = values.abs().max().clamp(min=1e-12)
-    scaled = values / largest
-    colors = color(scaled / 2 + 0.5, SIGNED) if signed else color(scaled.clamp(min=0))
-    left = max(text_width(name) for name in row_names) + GAP
-    cell = max([text_width("-0.00"), *(text_width(name) for name in column_names)]) + GAP
-    top = line_height()
-    cells = enlarge(colors, CELL_HEIGHT).numpy().transpose(1, 2, 0)
-    cells = Image.fromarray(cells).resize(
-        (cell * values.shape[1], CELL_HEIGHT * values.shape[0]), Image.Resampling.NEAREST
-    )
-    picture = Image.new("RGB", (left + cells.width, top + cells.height), PAPER)
-    picture.paste(cells, (left, top))
-    draw = ImageDraw.Draw(picture)
-    for j, name in enumerate(column_names):
-        draw.text((left + (j + 0.5) * cell, 0), name, INK, font(), anchor="ma")
-    for i, name in enumerate(row_names):
-        middle = top + (i + 0.5) * CELL_HEIGHT
-        draw.text((0, middle), name, INK, font(), anchor="lm")
-        for j, value in enumerate(values[i].tolist()):
-            ink = INK if colors[:, i, j].float().mean() > 128 else PAPER
-            place = (left + (j + 0.5) * cell, middle)
-            draw.text(place, f"{round(value, 2) + 0:.2f}", ink, font(), anchor="mm")
-    return picture
+    rows, columns = values.shape
+    width, height = columns * cell[0], rows * cell[1]
+    axes = layout.add_axes(left, top, width, height)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **kwargs)
+    for axis, axis_names in ((axes.yaxis, names[0]), (axes.xaxis, names[1])):
+        if axis_names is None:
+            axis.get_major_locator().set_params(integer=True)
+        else:
+            axis.set_ticks(range(len(axis_names)), [plain(name) for name in axis_names])
+            axis.set_tick_params(length=0)
+    if texts is not None and fits(texts, cell, text_size):
+        is_dark = image.to_rgba(values)[..., :3] @ (0.299, 0.587, 0.114) < 0.5
+        for (row, column), text in np.ndenumerate(texts):
+            ink = "white" if is_dark[row, column] else "black"
+            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=text_size)
+    layout.add_colorbar(image, left + width + GAP, top, height, label)
+    return axes
 
 
-def check_png(path: str | Path) -> None:
-    """Raises UserError unless the name is one for save_png; to be called before the work."""
-    if Path(path).suffix.lower() != ".png":
-        raise UserError(f"--out is {path}; it must end in .png.")
+def fits(texts: np.ndarray, cell: tuple[int, int], size: float) -> bool:
+    """Whether every text fits into a cell; a digit is less than 0.7 of the font size wide."""
+    em = size / 72 * DPI
+    return max(map(len, texts.flat)) * 0.7 * em <= cell[0] and 1.2 * em <= cell[1]
 
 
-def save_png(picture: Tensor, path: str | Path) -> None:
-    """Write uint8 (3, H, W) to a PNG file, in a folder that is made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(picture).save(path, format="PNG")
+def plain(text: str) -> str:
+    """Text for matplotlib to draw as it is: `$` is no mathematics, undecodable bytes are `?`."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
-def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised pictures (B, C, H, W) in their true colours, uint8 (B, 3, H, W).
+def wrap(text: str, width: int) -> str:
+    """Lines of about that many pixels; a letter is on average 0.58 of the font size wide."""
+    letters = int(width / (0.58 * FONT_SIZE / 72 * DPI))
+    return textwrap.fill(text, max(letters, 1), break_long_words=False, break_on_hyphens=False)
+
+
+def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalized images (B, C, H, W) as pixels, uint8 (B, H, W, 3).
 
     1 or 2 channels: the first, as grey; more than 3: the first three.
     """
@@ -167,55 +180,30 @@ def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         torch.tensor(values[:shown], device=imgs.device).view(-1, 1, 1) for values in (mean, std)
     )
     pixels = (imgs[:, :shown].float() * std + mean).clamp(0, 1) * 255
-    return pixels.round().to(torch.uint8).expand(-1, 3, -1, -1)
+    pixels = pixels.round().to(torch.uint8).expand(-1, 3, -1, -1)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def enlarge(imgs: Tensor, factor: int) -> Tensor:
-    """Every pixel of (..., H, W) as a square of factor x factor."""
-    return imgs.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+def check_format(path: str | Path) -> None:
+    """Raises UserError unless save_figure can write that file; to be called before any work."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise UserError(f"--out is {path}; it must end in {', '.join(FORMATS)}.")
 
 
-def enlargement(height: int, width: int) -> int:
-    """The whole factor that makes a small picture visible; 1 for one that is large enough."""
-    return max(1, round(TILE_SIDE / max(height, width)))
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write the figure in the format of the suffix; equal figures give equal files.
 
-
-def fit(img: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 (3, H, W), each new pixel the mean of what it covers."""
-    resized = torch.nn.functional.interpolate(img[None].float(), (height, width), mode="area")
-    return resized[0].round().to(torch.uint8)
-
-
-def patch_area(chosen: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """Which pixels belong to the chosen patches: (B, L) -> bool (B, 1, H, W).
-
-    Args:
-        side: of a patch, in pixels of the result.
+    Raises:
+        UserError: the file cannot be written.
     """
-    return enlarge(chosen.bool().unflatten(1, grid).unsqueeze(1), side)
+    suffix = Path(path).suffix.lower()
+    settings = {"savefig.bbox": None, "svg.hashsalt": "figure", "pdf.fonttype": 42}
+    with matplotlib.rc_context(settings), atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, format=suffix[1:], dpi=DPI, metadata=FORMATS[suffix])
 
 
-def hatch(height: int, width: int, stripe: int) -> Tensor:
-    """Diagonal grey stripes, `stripe` pixels wide: uint8 (height, width)."""
-    diagonal = torch.arange(height).unsqueeze(1) + torch.arange(width)
-    return torch.tensor(HATCH, dtype=torch.uint8)[diagonal // stripe % 2]
-
-
-def color(values: Tensor, stops: Sequence[tuple[int, int, int]] = HEAT) -> Tensor:
-    """Numbers in 0..1 on a colour scale: (H, W) -> uint8 (3, H, W)."""
-    places = np.linspace(0, 1, len(stops))
-    channels = [
-        np.interp(values.cpu().numpy(), places, channel) for channel in zip(*stops, strict=True)
-    ]
-    return torch.from_numpy(np.stack(channels).round().astype(np.uint8))
-
-
-def outline(tile: Tensor, row: int, column: int, side: int) -> Tensor:
-    """A copy of tile (3, H, W) with a frame around one patch."""
-    picture = to_pil_image(tile.cpu())
-    left, top = column * side, row * side
-    line = max(1, side // 8)
-    ImageDraw.Draw(picture).rectangle(
-        (left, top, left + side - 1, top + side - 1), None, FRAME, line
-    )
-    return pil_to_tensor(picture)
+def figure_to_array(figure: Figure) -> np.ndarray:
+    """The pixels of the PNG file, uint8 (3, H, W)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1).copy()

@@ -1,0 +1,52 @@
+"""The confusion matrix of a classifier as a figure; K classes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from util.vis.figures import DPI, PixelLayout, add_heat_map
+
+SIDE = 4 * DPI  # pixels of the matrix, about
+MAX_CELL = int(0.4 * DPI)
+NAME_CELL = 28  # pixels of a cell beside which a class name fits
+MAX_NAMED = 100  # classes
+NAME_LENGTH = 20  # letters
+
+
+def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
+    """Counts (K, K), rows true, columns predicted; the colour is the fraction of the true class.
+
+    Class names up to MAX_NAMED classes, else ticks by index; counts while they fit into the cells.
+    """
+    counts = matrix.cpu().numpy()
+    num_classes = len(counts)
+    cell = max(1, min(MAX_CELL, SIDE // num_classes))
+    names = None
+    if num_classes <= MAX_NAMED:
+        cell = max(cell, NAME_CELL)
+        names = [shorten(name) for name in classes]
+    layout = PixelLayout()
+    axes = add_heat_map(
+        layout,
+        counts / counts.sum(axis=1, keepdims=True).clip(min=1),
+        (cell, cell),
+        names=(names, names),
+        label="fraction of the true class",
+        texts=np.array([[str(count) if count else "" for count in row] for row in counts]),
+        text_size=6,
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+    )
+    kind = "class" if names else "class index"
+    axes.set_xlabel(f"predicted {kind}", fontsize=7)
+    axes.set_ylabel(f"true {kind}", fontsize=7)
+    if names:
+        axes.tick_params(axis="x", labelrotation=90)
+    return layout.finish()
+
+
+def shorten(name: str) -> str:
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
