@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from util.io.errors import UserError
 from util.run import launch
-from util.vis.figures import DPI, FONT_SIZE, check_format, plain, save_figure
+from util.vis.figures import DPI, FONT_SIZE, check_format, plain, save_figure, style_axes
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def draw_panel(axes: Axes, curves: dict[str, Curve], styles: dict[str, dict]) ->
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="0.9", linewidth=0.6)
-    axes.tick_params(labelsize=FONT_SIZE)
+    style_axes(axes)
     return lines
 
 

@@ -17,12 +17,12 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from util.layers.masking import gather_tokens
-from util.vis.figures import DPI, GAP, LINE, PixelLayout, add_heat_map, to_rgb
+from util.vis.figures import DPI, GAP, LINE, MIN_TEXT_WIDTH, PixelLayout, add_heat_map, to_rgb
 from util.vis.reconstruction import GREY, choose_kept_mask_ratio, draw_noise, patch_area
 
 READ = ("visible", "masked", "class token")  # what a decoder may attend to
 COLORS = colormaps["magma"].with_extremes(bad=[GREY / 255] * 3)  # grey: not readable
-FRAME = "cyan"
+FRAME, FRAME_WIDTH = "cyan", 1.0  # of the query patch, in points
 WIDTH = int(7 * DPI)  # pixels that a row of maps takes at most, unless there are many blocks
 TILE_SIDE = int(1.1 * DPI)  # pixels of one map, at most
 NAMES_WIDTH = int(0.6 * DPI)  # pixels that the names in READ take
@@ -160,7 +160,7 @@ class AttentionLayout(PixelLayout):
         self.height, self.width = (count * side for count in self.grid)
         self.first = max(self.width, NAMES_WIDTH) + GAP  # where the map of block 1 begins
         self.pitch = self.width + GAP
-        self.right = self.first + self.num_blocks * self.pitch
+        self.right = self.first + self.num_blocks * self.pitch + GAP // 2  # colour bars
         self.top = 0
 
     def add_summary(self, attention: DecoderAttention, mask_ratio: float) -> None:
@@ -171,7 +171,7 @@ class AttentionLayout(PixelLayout):
             f"Mask ratio {mask_ratio:g}: fraction of attention, mean over all "
             f"{attention.ids_pred.shape[1]} predicted patches; sum over blocks: {sums}"
         )
-        self.top = self.add_text(text, 0, self.top, self.right) + 2 * LINE
+        self.top = self.add_text(text, 0, self.top, max(self.right, MIN_TEXT_WIDTH)) + 2 * LINE
         axes = add_heat_map(
             self,
             mass.numpy(),
@@ -206,9 +206,11 @@ class AttentionLayout(PixelLayout):
         for j, values in enumerate(maps):
             left = self.first + j * self.pitch
             tiles.append(self.add_tile(values, left, cmap=COLORS, vmin=0, vmax=largest))
+        margin = 0.5 + 0.5 * FRAME_WIDTH / 72 * DPI * self.grid[1] / self.width  # around the patch
+        corner, side = (column - margin, row - margin), 2 * margin
         for axes in tiles:
-            frame = dict(fill=False, edgecolor=FRAME, linewidth=1, clip_on=False)
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
+            frame = dict(fill=False, edgecolor=FRAME, linewidth=FRAME_WIDTH, clip_on=False)
+            axes.add_patch(Rectangle(corner, side, side, **frame))
         self.add_colorbar(tiles[-1].images[0], self.right, self.top, self.height)
         self.top += self.height + GAP
 
@@ -220,7 +222,7 @@ def notes(model: nn.Module) -> list[str]:
     """What a reader has to know, one sentence each."""
     found = [
         "Attention of predicted patches (framed) in each decoder block, mean over heads. First "
-        "column: the masked image."
+        "column: the masked image. Colour bars: attention to one patch, on one scale per row."
     ]
     if model.kind == "crossmae":
         found.append("Grey: masked patches, which this decoder does not attend to.")

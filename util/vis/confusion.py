@@ -9,10 +9,10 @@ from torch import Tensor
 from util.vis.figures import DPI, PixelLayout, add_heat_map
 
 SIDE = 4 * DPI  # pixels of the matrix, about
-MAX_CELL = int(0.4 * DPI)
-NAME_CELL = 28  # pixels of a cell beside which a class name fits
+MAX_CELL, MIN_CELL = int(0.6 * DPI), 2  # pixels
+NAME_CELL = 20  # pixels of a cell beside which a class name fits
 MAX_NAMED = 100  # classes
-NAME_LENGTH = 20  # letters
+NAME_LENGTH = 30  # letters
 
 
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
@@ -22,7 +22,7 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     """
     counts = matrix.cpu().numpy()
     num_classes = len(counts)
-    cell = max(1, min(MAX_CELL, SIDE // num_classes))
+    cell = max(MIN_CELL, min(MAX_CELL, SIDE // num_classes))
     names = None
     if num_classes <= MAX_NAMED:
         cell = max(cell, NAME_CELL)
@@ -41,8 +41,8 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
         vmax=1,
     )
     kind = "class" if names else "class index"
-    axes.set_xlabel(f"predicted {kind}", fontsize=7)
-    axes.set_ylabel(f"true {kind}", fontsize=7)
+    axes.set_xlabel(f"predicted {kind}")
+    axes.set_ylabel(f"true {kind}")
     if names:
         axes.tick_params(axis="x", labelrotation=90)
     return layout.finish()

@@ -25,6 +25,7 @@ from util.io.files import atomic_write
 DPI = 256  # a power of two: inches = pixels / DPI is exact
 GAP = 16  # pixels between the parts of a figure
 FONT_SIZE = 7  # points
+FRAME_WIDTH = 0.5  # points
 LINE = round(1.3 * FONT_SIZE / 72 * DPI)  # pixels from one line of text to the next
 MIN_TEXT_WIDTH = int(3.4 * DPI)  # pixels of a line in a caption
 # formats by suffix, with the metadata that would make two equal figures different files
@@ -45,7 +46,7 @@ class PixelLayout:
 
     def add_axes(self, left: int, top: int, width: int, height: int) -> Axes:
         axes = self.figure.add_axes((0, 0, 1, 1))
-        axes.tick_params(labelsize=FONT_SIZE)
+        style_axes(axes)
         self.axes.append((axes, (left, top, width, height)))
         return axes
 
@@ -60,16 +61,18 @@ class PixelLayout:
         """Text, wrapped to about `width` pixels; returns where the next line would begin."""
         if width is not None:
             text = wrap(text, width)
-        artist = self.figure.text(0, 0, plain(text), fontsize=FONT_SIZE, va="top", linespacing=1.3)
-        self.texts.append((artist, (left, top)))
-        return top + LINE * (text.count("\n") + 1)
+        for line in text.split("\n"):
+            artist = self.figure.text(0, 0, plain(line), fontsize=FONT_SIZE)
+            self.texts.append((artist, (left, top + round(0.8 * LINE))))  # the line's baseline
+            top += LINE
+        return top
 
     def add_colorbar(self, colors: ScalarMappable, left: int, top: int, height: int, label=""):
         """A colour bar, its ticks and label to the right; returns matplotlib's Colorbar."""
         bar = self.figure.colorbar(colors, cax=self.add_axes(left, top, GAP, height))
-        bar.set_label(label, fontsize=FONT_SIZE)
+        bar.set_label(label)
         bar.ax.locator_params(nbins=max(2, min(5, height // (2 * LINE))))
-        bar.outline.set_linewidth(0.5)
+        bar.outline.set_linewidth(FRAME_WIDTH)
         return bar
 
     def finish(self, caption: str = "") -> Figure:
@@ -143,7 +146,7 @@ def add_heat_map(
             axis.get_major_locator().set_params(integer=True)
         else:
             axis.set_ticks(range(len(axis_names)), [plain(name) for name in axis_names])
-            axis.set_tick_params(length=0)
+            axis.set_tick_params(length=0, labelsize=min(FONT_SIZE, 0.8 * cell[1] / DPI * 72))
     if texts is not None and fits(texts, cell, text_size):
         is_dark = image.to_rgba(values)[..., :3] @ (0.299, 0.587, 0.114) < 0.5
         for (row, column), text in np.ndenumerate(texts):
@@ -151,6 +154,14 @@ def add_heat_map(
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=text_size)
     layout.add_colorbar(image, left + width + GAP, top, height, label)
     return axes
+
+
+def style_axes(axes: Axes) -> None:
+    """Labels of FONT_SIZE and thin lines."""
+    axes.tick_params(labelsize=FONT_SIZE, width=FRAME_WIDTH, length=2)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_size(FONT_SIZE)
+    axes.spines[:].set_linewidth(FRAME_WIDTH)
 
 
 def fits(texts: np.ndarray, cell: tuple[int, int], size: float) -> bool:
@@ -165,8 +176,8 @@ def plain(text: str) -> str:
 
 
 def wrap(text: str, width: int) -> str:
-    """Lines of about that many pixels; a letter is on average 0.58 of the font size wide."""
-    letters = int(width / (0.58 * FONT_SIZE / 72 * DPI))
+    """Lines of about that many pixels; a letter is on average 0.54 of the font size wide."""
+    letters = int(width / (0.54 * FONT_SIZE / 72 * DPI))
     return textwrap.fill(text, max(letters, 1), break_long_words=False, break_on_hyphens=False)
 
 

@@ -120,7 +120,7 @@ def draw_reconstructions(
         is_partial |= not (result.visible | result.predicted).all()
         top = layout.add_text(describe(result, mask_ratio), 0, top, text_width)
         for j, title in enumerate(COLUMNS):
-            layout.add_text(title, j * pitch, top)
+            layout.add_text(title, j * pitch, top + (1 - title.count("\n")) * LINE)
         top += 2 * LINE + GAP // 2
         columns = reconstruction_columns(
             imgs, result, model.patch_embed.grid_size, args.mean, args.std
@@ -199,7 +199,7 @@ def draw_feature_map_weights(model: nn.Module, caption: str = "") -> Figure:
             "does."
         )
     weights = model.wfm.linear.weight.detach().float().cpu().numpy()
-    maps = ["input"] * model.use_input + [str(i + 1) for i in model.use_fm]
+    maps = ["0"] * model.use_input + [str(i + 1) for i in model.use_fm]
     limit = np.abs(weights).max() or 1.0
     cell = max(DPI // 6, min(DPI // 3, int(6.5 * DPI / len(maps)))), DPI // 5
     layout = PixelLayout()
@@ -209,12 +209,14 @@ def draw_feature_map_weights(model: nn.Module, caption: str = "") -> Figure:
         cell,
         names=([str(j + 1) for j in range(len(weights))], maps),
         label="weight",
-        texts=np.array([[f"{x:.2f}" for x in row] for row in weights]),
+        texts=np.array(
+            [[f"{x:.2f}".replace("-", "\N{MINUS SIGN}") for x in row] for row in weights]
+        ),
         text_size=6,
         cmap="RdBu_r",
         vmin=-limit,
         vmax=limit,
     )
-    axes.set_xlabel("feature map: output of encoder block")
+    axes.set_xlabel("encoder block" + " (0: its input tokens)" * model.use_input)
     axes.set_ylabel("decoder block")
     return layout.finish(caption)
