@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from util.io.errors import UserError
 from util.run import launch
-from util.vis.figures import DPI, FONT_SIZE, check_format, plain, save_figure, style_axes
+from util.vis.figures import DPI, FONT_SIZE, check_format, plain, save_figure, style_axes, wrap
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +159,11 @@ def draw_curves(
     }
     num_columns = min(len(panels), MAX_COLUMNS)
     num_rows = math.ceil(len(panels) / num_columns)
-    size = (PANEL[0] * num_columns, PANEL[1] * num_rows + 0.2 * num_rows)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    width = PANEL[0] * num_columns
+    entry = 0.5 + max(map(len, names)) * 0.6 * FONT_SIZE / 72  # of the legend, inches
+    legend_columns = max(1, int(width / entry))
+    height = PANEL[1] * num_rows + 0.16 * math.ceil(len(names) / legend_columns)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     lines = {}
     for i, ((key, unit), curves) in enumerate(panels.items()):
         axes = figure.add_subplot(num_rows, num_columns, i + 1)
@@ -168,9 +171,17 @@ def draw_curves(
         axes.set_ylabel(plain(f"{key} ({unit})" if unit else key))
         if key in log_scale:
             axes.set_yscale("log", nonpositive="mask")
-    figure.legend(lines.values(), map(plain, lines), loc="outside upper left", fontsize=FONT_SIZE)
+    figure.legend(
+        lines.values(),
+        map(plain, lines),
+        loc="outside upper left",
+        ncols=legend_columns,
+        fontsize=FONT_SIZE,
+        frameon=False,
+    )
     if caption:
-        figure.supxlabel(plain(caption), fontsize=FONT_SIZE, x=0.01, ha="left")
+        text = wrap(caption, int(width * DPI))
+        figure.supxlabel(plain(text), fontsize=FONT_SIZE, x=0.01, ha="left")
     return figure
 
 
@@ -189,7 +200,7 @@ def draw_panel(axes: Axes, curves: dict[str, Curve], styles: dict[str, dict]) ->
             **styles[name],
         )
     axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(color="0.9", linewidth=0.6)
     style_axes(axes)
     return lines

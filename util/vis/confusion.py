@@ -12,7 +12,7 @@ SIDE = 4 * DPI  # pixels of the matrix, about
 MAX_CELL, MIN_CELL = int(0.6 * DPI), 2  # pixels
 NAME_CELL = 20  # pixels of a cell beside which a class name fits
 MAX_NAMED = 100  # classes
-NAME_LENGTH = 30  # letters
+NAME_LENGTH = 24  # letters
 
 
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:

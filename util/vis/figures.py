@@ -5,6 +5,7 @@ Figures are matplotlib's and made without pyplot: no window, no global state.
 Notation: B images, C channels, H height, W width.
 """
 
+import logging
 import math
 import textwrap
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from util.io.errors import UserError
 from util.io.files import atomic_write
+
+logging.getLogger("fontTools").setLevel(logging.WARNING)  # reports on every font in a PDF file
 
 DPI = 256  # a power of two: inches = pixels / DPI is exact
 GAP = 16  # pixels between the parts of a figure

@@ -118,7 +118,7 @@ def draw_reconstructions(
         kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
         result = reconstruct(model, imgs, noise, mask_ratio, kept)
         is_partial |= not (result.visible | result.predicted).all()
-        top = layout.add_text(describe(result, mask_ratio), 0, top, text_width)
+        top = layout.add_text(describe(result, mask_ratio), 0, top, text_width) + GAP // 2
         for j, title in enumerate(COLUMNS):
             layout.add_text(title, j * pitch, top + (1 - title.count("\n")) * LINE)
         top += 2 * LINE + GAP // 2
@@ -201,7 +201,10 @@ def draw_feature_map_weights(model: nn.Module, caption: str = "") -> Figure:
     weights = model.wfm.linear.weight.detach().float().cpu().numpy()
     maps = ["0"] * model.use_input + [str(i + 1) for i in model.use_fm]
     limit = np.abs(weights).max() or 1.0
-    cell = max(DPI // 6, min(DPI // 3, int(6.5 * DPI / len(maps)))), DPI // 5
+    cell = (
+        max(DPI // 6, min(DPI // 3, int(6.5 * DPI / len(maps)))),
+        max(DPI // 5, DPI // len(weights)),
+    )
     layout = PixelLayout()
     axes = add_heat_map(
         layout,
