@@ -430,7 +430,9 @@ def test_attention_figure(build):
 @pytest.mark.parametrize("size", SIZES)
 def test_attention_figure_of_many_blocks(tiny_cross, size):
     model = tiny_cross(decoder_depth=12, self_attn=True, img_size=size)
-    figure = draw_attention(model, normalize(draw_pixels(size)), options_of(), [0.5, 0.75], num_patches=1)
+    figure = draw_attention(
+        model, normalize(draw_pixels(size)), options_of(), [0.5, 0.75], num_patches=1
+    )
     assert figure.get_figwidth() < 8  # inches
     text = texts_of(figure)
     assert "Mask ratio 0.5: " in text and "self-attention between predicted patches" in text
