@@ -23,9 +23,11 @@ from util.vis.attention_maps import (
 )
 from util.vis.figures import (
     FORMATS,
-    PixelLayout,
+    add_axes,
     add_heat_map,
     figure_to_array,
+    fit,
+    new_figure,
     plain,
     save_figure,
     to_rgb,
@@ -397,15 +399,15 @@ def test_attention_figure(build):
     model = build()
     is_cross = model.kind == "crossmae"
     imgs = normalize(draw_pixels((32, 32)))
-    layout = draw_attention(model, imgs, options_of(), num_patches=3)
+    figure = draw_attention(model, imgs, options_of(), num_patches=3)
     expected = read_attention(model, imgs, draw_noise(model, 2, 0), 0.75, 0.75)
-    summary, *rows = (axes for axes in layout.axes if axes.images)
+    summary, *rows = (axes for axes in figure.axes if axes.images)
     assert np.allclose(summary.images[0].get_array(), expected.mass)
     assert summary.images[0].get_clim() == (0, 1)
     assert texts_in(summary.texts) == [f"{x:.2f}" for x in expected.mass.ravel()]
     assert texts_in(summary.get_yticklabels()) == ["visible", "masked", "class token"]
     assert texts_in(summary.get_xticklabels()) == ["block 1", "block 2"]
-    bars = [axes for axes in layout.axes if not axes.images]
+    bars = [axes for axes in figure.axes if not axes.images]
     assert len(bars) == 1 + 2 * 3 and len(rows) == 2 * 3 * 3  # images, patches, masked + 2 blocks
     for i in range(2):
         for j, place in enumerate((2, 6, 10)):  # spread over 12 predicted patches
@@ -423,7 +425,7 @@ def test_attention_figure(build):
                 frame = tile.patches[0].get_bbox()
                 row, column = divmod(expected.ids_pred[i, place].item(), 4)
                 assert ((frame.p0 + frame.p1) / 2).tolist() == pytest.approx([column, row])
-    assert ("does not attend to" in texts_of(layout)) == is_cross
+    assert ("does not attend to" in texts_of(figure)) == is_cross
     assert COLORS.get_bad()[:3] == pytest.approx([GREY / 255] * 3)
 
 
@@ -446,15 +448,15 @@ def test_heat_map():
     values = np.array([[0.5, -1.0, 0.0], [0.0, 1.0, -0.5]])
     texts = np.array([[f"{x:.1f}" for x in row] for row in values])
     options = dict(label="x", cmap="RdBu_r", vmin=-1, vmax=1)
-    layout = PixelLayout()
-    axes = add_heat_map(layout, values, (30, 20), names=("ab", "123"), **options)
-    page = figure_to_array(layout.finish()).transpose(1, 2, 0)
+    figure = new_figure()
+    axes = add_heat_map(figure, values, (30, 20), names=("ab", "123"), **options)
+    page = figure_to_array(fit(figure)).transpose(1, 2, 0)
     colors = (axes.images[0].to_rgba(values, bytes=True)[..., :3]).repeat(20, 0).repeat(30, 1)
     inside = np.s_[3:-3, 3:-3]  # the frame is drawn over the edge
     find(page, colors[inside])
     for cell, fits in (((100, 40), True), ((40, 40), False), ((100, 20), False)):
-        layout = PixelLayout()
-        axes = add_heat_map(layout, values, cell, names=(None, None), texts=texts, **options)
+        figure = new_figure()
+        axes = add_heat_map(figure, values, cell, names=(None, None), texts=texts, **options)
         assert texts_in(axes.texts) == (texts.ravel().tolist() if fits else [])
         if fits:
             inks = ["black", "white", "black", "black", "white", "black"]
@@ -488,9 +490,9 @@ def test_long_texts_are_wrapped_and_not_cut():
     lines = wrap(text, 400).splitlines()
     assert " ".join(lines) == " ".join(text.split()) and len(lines) > 3
     assert wrap("x" * 200, 10) == "x" * 200  # a long path stays whole
-    layout = PixelLayout()
-    layout.add_axes(0, 0, 20, 20)
-    page = figure_to_array(layout.finish("x" * 200))
+    figure = new_figure()
+    add_axes(figure, 0, 0, 20, 20)
+    page = figure_to_array(fit(figure, "x" * 200))
     assert (page[:, :, :8] == 255).all() and (page[:, :, -8:] == 255).all()
 
 

@@ -11,13 +11,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from util.layers.masking import gather_tokens
-from util.vis.figures import DPI, GAP, LINE, MIN_TEXT_WIDTH, PixelLayout, add_heat_map, to_rgb
+from util.vis.figures import (
+    DPI,
+    GAP,
+    LINE,
+    MIN_TEXT_WIDTH,
+    add_colorbar,
+    add_heat_map,
+    add_image,
+    add_text,
+    fit,
+    new_figure,
+    to_rgb,
+)
 from util.vis.reconstruction import GREY, choose_kept_mask_ratio, draw_noise, patch_area
 
 READ = ("visible", "masked", "class token")  # what a decoder may attend to
@@ -25,7 +36,6 @@ COLORS = colormaps["magma"].with_extremes(bad=[GREY / 255] * 3)  # grey: not rea
 FRAME, FRAME_WIDTH = "cyan", 1.0  # of the query patch, in points
 WIDTH = int(7 * DPI)  # pixels that a row of maps takes at most, unless there are many blocks
 TILE_SIDE = int(1.1 * DPI)  # pixels of one map, at most
-NAMES_WIDTH = int(0.6 * DPI)  # pixels that the names in READ take
 MIN_SIDE = 8  # pixels of a patch in a map, at least
 
 
@@ -133,89 +143,95 @@ def draw_attention(
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
     pixels = to_rgb(imgs, args.mean, args.std)
-    layout = AttentionLayout(model)
+    grid = model.patch_embed.grid_size
+    tile = min(TILE_SIDE, WIDTH // (1 + len(model.decoder_blocks)) - GAP)
+    side = max(MIN_SIDE, tile // max(grid))  # of a patch
+    figure, top = new_figure(), 0
     for mask_ratio in mask_ratios or [args.mask_ratio]:
         kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
         attention = read_attention(model, imgs, noise, mask_ratio, kept)
-        layout.add_summary(attention, mask_ratio)
-        num_predicted = attention.ids_pred.shape[1]
+        top = add_summary(figure, attention, mask_ratio, grid[1] * side + GAP, top)
+        weights = attention.weights[..., 1:]
+        if model.kind == "crossmae":
+            weights = weights.masked_fill(~attention.visible.unsqueeze(1), torch.nan)
+        maps = weights.cpu().unflatten(-1, grid).numpy()  # (J, B, P, rows, columns)
+        area = patch_area(attention.visible, grid, pixels.shape[1] // grid[0])
+        masked = np.where(area[..., None], pixels, np.uint8(GREY))
+        num_predicted = maps.shape[2]
         count = min(num_patches, num_predicted)
-        for i, image in enumerate(pixels):
+        for i, image in enumerate(masked):
             for j in range(count):
-                layout.add_maps(image, attention, i, (2 * j + 1) * num_predicted // (2 * count))
-        layout.top += 2 * GAP
-    return layout.finish(" ".join([caption, *notes(model)]).strip())
+                query = (2 * j + 1) * num_predicted // (2 * count)
+                place = divmod(attention.ids_pred[i, query].item(), grid[1])
+                add_maps(figure, image, maps[:, i, query], place, side, top)
+                top += grid[0] * side + GAP
+        top += 2 * GAP
+    return fit(figure, " ".join([caption, *notes(model)]).strip())
 
 
-class AttentionLayout(PixelLayout):
-    """Rows of maps below each other: the masked image, then one map per decoder block."""
+def add_summary(
+    figure: Figure, attention: DecoderAttention, mask_ratio: float, pitch: int, top: int
+) -> int:
+    """The fraction of attention that goes to each of READ, as a heat map above the maps.
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.reads_masked = model.kind == "mae"
-        self.grid = model.patch_embed.grid_size
-        self.num_blocks = len(model.decoder_blocks)
-        tile = min(TILE_SIDE, WIDTH // (1 + self.num_blocks) - GAP)
-        side = max(MIN_SIDE, tile // max(self.grid))  # of a patch
-        self.height, self.width = (count * side for count in self.grid)
-        self.first = max(self.width, NAMES_WIDTH) + GAP  # where the map of block 1 begins
-        self.pitch = self.width + GAP
-        self.right = self.first + self.num_blocks * self.pitch + GAP // 2  # colour bars
-        self.top = 0
+    Args:
+        pitch: pixels from one column of maps to the next; column 0 is that of the image.
 
-    def add_summary(self, attention: DecoderAttention, mask_ratio: float) -> None:
-        """The fraction of attention that goes to each of READ, above the maps of each block."""
-        mass = attention.mass.cpu()
-        sums = ", ".join(f"{x:.2f} {name}" for name, x in zip(READ, mass.sum(1), strict=True))
-        text = (
-            f"Mask ratio {mask_ratio:g}: fraction of attention, mean over all "
-            f"{attention.ids_pred.shape[1]} predicted patches; sum over blocks: {sums}"
-        )
-        self.top = self.add_text(text, 0, self.top, max(self.right, MIN_TEXT_WIDTH)) + 2 * LINE
-        axes = add_heat_map(
-            self,
-            mass.numpy(),
-            (self.pitch, 3 * LINE // 2),
-            self.first - GAP // 2,
-            self.top,
-            names=(READ, [f"block {j + 1}" for j in range(self.num_blocks)]),
-            label="fraction",
-            texts=np.array([[f"{x:.2f}" for x in row] for row in mass.tolist()]),
-            cmap=COLORS,
-            vmin=0,
-            vmax=1,
-        )
-        axes.xaxis.tick_top()
-        axes.tick_params(length=0)
-        self.top += len(READ) * 3 * LINE // 2 + GAP
+    Returns:
+        The top of the first row of maps.
+    """
+    mass = attention.mass.cpu()
+    num_blocks, height = mass.shape[1], 3 * LINE // 2
+    sums = ", ".join(f"{x:.2f} {name}" for name, x in zip(READ, mass.sum(1), strict=True))
+    text = (
+        f"Mask ratio {mask_ratio:g}: fraction of attention, mean over all "
+        f"{attention.ids_pred.numel()} predicted patches; sum over blocks: {sums}"
+    )
+    width = max((1 + num_blocks) * pitch, MIN_TEXT_WIDTH)
+    top = add_text(figure, text, 0, top, width) + 2 * LINE
+    axes = add_heat_map(
+        figure,
+        mass.numpy(),
+        (pitch, height),
+        pitch - GAP // 2,
+        top,
+        names=(READ, [f"block {j + 1}" for j in range(num_blocks)]),
+        label="fraction",
+        texts=np.array([[f"{x:.2f}" for x in row] for row in mass.tolist()]),
+        cmap=COLORS,
+        vmin=0,
+        vmax=1,
+    )
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    return top + len(READ) * height + GAP
 
-    def add_maps(
-        self, image: np.ndarray, attention: DecoderAttention, index: int, query: int
-    ) -> None:
-        """One row: what predicted patch `query` of image `index` (H, W, 3) attends to."""
-        row, column = divmod(attention.ids_pred[index, query].item(), self.grid[1])
-        visible = attention.visible[index : index + 1]
-        maps = attention.weights[:, index, query, 1:].cpu().numpy().reshape(-1, *self.grid)
-        largest = maps.max()
-        if not self.reads_masked:
-            maps = np.where(patch_area(visible, self.grid, 1), maps, np.nan)
-        area = patch_area(visible, self.grid, len(image) // self.grid[0])[0, ..., None]
-        extent = (-0.5, self.grid[1] - 0.5, self.grid[0] - 0.5, -0.5)  # in patches
-        masked = np.where(area, image, np.uint8(GREY))
-        tiles = [self.add_tile(masked, 0, extent=extent, interpolation="auto")]
-        for j, values in enumerate(maps):
-            left = self.first + j * self.pitch
-            tiles.append(self.add_tile(values, left, cmap=COLORS, vmin=0, vmax=largest))
-        margin = 0.5 + 0.5 * FRAME_WIDTH / 72 * DPI * self.grid[1] / self.width  # around the patch
-        corner, side = (column - margin, row - margin), 2 * margin
-        for axes in tiles:
-            frame = dict(fill=False, edgecolor=FRAME, linewidth=FRAME_WIDTH, clip_on=False)
-            axes.add_patch(Rectangle(corner, side, side, **frame))
-        self.add_colorbar(tiles[-1].images[0], self.right, self.top, self.height)
-        self.top += self.height + GAP
 
-    def add_tile(self, image: np.ndarray, left: int, **kwargs) -> Axes:
-        return self.add_image(image, left, self.top, self.width, self.height, **kwargs)
+def add_maps(
+    figure: Figure, image: np.ndarray, maps: np.ndarray, query: tuple[int, int], side: int, top: int
+) -> None:
+    """One row: a masked image and what one of its patches attends to, with a colour bar.
+
+    Args:
+        image: (H, W, 3).
+        maps: (J, rows, columns) of patches, NaN if not readable.
+        query: row and column of the patch, which is framed.
+        side: pixels of a patch.
+    """
+    rows, columns = maps.shape[1:]
+    size = columns * side, rows * side
+    pitch = size[0] + GAP
+    colors = dict(cmap=COLORS, vmin=0, vmax=np.nanmax(maps))
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)  # in patches, like the maps
+    tiles = [add_image(figure, image, 0, top, *size, extent=extent, interpolation="auto")]
+    for j, values in enumerate(maps):
+        tiles.append(add_image(figure, values, (1 + j) * pitch, top, *size, **colors))
+    margin = 0.5 + 0.5 * FRAME_WIDTH / 72 * DPI / side  # the frame is outside the patch
+    for axes in tiles:
+        corner = query[1] - margin, query[0] - margin
+        line = dict(fill=False, edgecolor=FRAME, linewidth=FRAME_WIDTH, clip_on=False)
+        axes.add_patch(Rectangle(corner, 2 * margin, 2 * margin, **line))
+    add_colorbar(figure, axes.images[0], len(tiles) * pitch + GAP // 2, top, size[1])
 
 
 def notes(model: nn.Module) -> list[str]:

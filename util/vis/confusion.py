@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from util.vis.figures import DPI, PixelLayout, add_heat_map
+from util.vis.figures import DPI, add_heat_map, fit, new_figure
 
 SIDE = 4 * DPI  # pixels of the matrix, about
 MAX_CELL, MIN_CELL = int(0.6 * DPI), 2  # pixels
@@ -27,9 +27,9 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     if num_classes <= MAX_NAMED:
         cell = max(cell, NAME_CELL)
         names = [shorten(name) for name in classes]
-    layout = PixelLayout()
+    figure = new_figure()
     axes = add_heat_map(
-        layout,
+        figure,
         counts / counts.sum(axis=1, keepdims=True).clip(min=1),
         (cell, cell),
         names=(names, names),
@@ -45,7 +45,7 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     axes.set_ylabel(f"true {kind}")
     if names:
         axes.tick_params(axis="x", labelrotation=90)
-    return layout.finish()
+    return fit(figure)
 
 
 def shorten(name: str) -> str:

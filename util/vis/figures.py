@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.transforms import Affine2D
 from torch import Tensor
 
 from util.io.errors import UserError
@@ -35,90 +35,74 @@ MIN_TEXT_WIDTH = int(3.4 * DPI)  # pixels of a line in a caption
 FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
-class PixelLayout:
-    """A figure whose axes have exact positions and sizes in the pixels of its PNG file.
+def new_figure() -> Figure:
+    """An empty figure to which the functions below add parts, anywhere; `fit` then crops it.
 
-    x counts from the left, y downwards. At the end, `finish` fits the figure to its content.
+    Their positions are pixels of the PNG file: left counts to the right, top downwards.
     """
+    figure = Figure(figsize=(1, 1), dpi=DPI)  # one inch: matplotlib's fractions are pixels / DPI
+    figure.patch.set_in_layout(False)
+    return figure
 
-    def __init__(self):
-        self.figure = Figure(figsize=(1, 1), dpi=DPI)
-        self.figure.patch.set_in_layout(False)
-        self.axes: list[tuple[Axes, tuple[int, int, int, int]]] = []
-        self.texts = []
 
-    def add_axes(self, left: int, top: int, width: int, height: int) -> Axes:
-        axes = self.figure.add_axes((0, 0, 1, 1))
-        style_axes(axes)
-        self.axes.append((axes, (left, top, width, height)))
-        return axes
+def add_axes(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
+    axes = figure.add_axes((left / DPI, 1 - (top + height) / DPI, width / DPI, height / DPI))
+    style_axes(axes)
+    return axes
 
-    def add_image(self, image: np.ndarray, left: int, top: int, width: int, height: int, **kwargs):
-        """Axes without frame that `image` fills; kwargs as for imshow."""
-        axes = self.add_axes(left, top, width, height)
-        axes.set_axis_off()
-        axes.imshow(image, **({"aspect": "auto", "interpolation": "nearest"} | kwargs))
-        return axes
 
-    def add_text(self, text: str, left: int, top: int, width: int | None = None) -> int:
-        """Text, wrapped to about `width` pixels; returns where the next line would begin."""
-        if width is not None:
-            text = wrap(text, width)
-        for line in text.split("\n"):
-            artist = self.figure.text(0, 0, plain(line), fontsize=FONT_SIZE)
-            self.texts.append((artist, (left, top + round(0.8 * LINE))))  # the line's baseline
-            top += LINE
-        return top
+def add_image(
+    figure: Figure, image: np.ndarray, left: int, top: int, width: int, height: int, **kwargs
+) -> Axes:
+    """Axes without frame that the image fills; kwargs as for imshow."""
+    axes = add_axes(figure, left, top, width, height)
+    axes.set_axis_off()
+    axes.imshow(image, **({"aspect": "auto", "interpolation": "nearest"} | kwargs))
+    return axes
 
-    def add_colorbar(self, colors: ScalarMappable, left: int, top: int, height: int, label=""):
-        """A colour bar, its ticks and label to the right; returns matplotlib's Colorbar."""
-        bar = self.figure.colorbar(colors, cax=self.add_axes(left, top, GAP, height))
-        bar.set_label(label)
-        bar.ax.locator_params(nbins=max(2, min(5, height // (2 * LINE))))
-        bar.outline.set_linewidth(FRAME_WIDTH)
-        return bar
 
-    def finish(self, caption: str = "") -> Figure:
-        """The figure with a margin of GAP around its content and the caption below."""
-        self.place(0, 0)
-        left, top, right, bottom = self.measure()
-        if caption:
-            width = max(right - left, MIN_TEXT_WIDTH)
-            self.add_text(caption, left, bottom + 2 * GAP, width)
-            self.place(0, 0)
-            left, top, right, bottom = self.measure()
-        size = right - left + 2 * GAP, bottom - top + 2 * GAP
-        self.figure.set_size_inches(size[0] / DPI, size[1] / DPI)
-        self.place(GAP - left, GAP - top)
-        return self.figure
+def add_text(figure: Figure, text: str, left: int, top: int, width: int | None = None) -> int:
+    """Text, wrapped to about `width` pixels; returns where the next line would begin."""
+    for line in (text if width is None else wrap(text, width)).split("\n"):
+        baseline = top + round(0.8 * LINE)
+        figure.text(left / DPI, 1 - baseline / DPI, plain(line), fontsize=FONT_SIZE)
+        top += LINE
+    return top
 
-    def measure(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of everything that is drawn, rounded outwards."""
-        box = self.figure.get_tightbbox(FigureCanvasAgg(self.figure).get_renderer())  # inches
-        height = self.figure.get_figheight()
-        edges = (box.x0, height - box.y1, -box.x1, box.y0 - height)
-        left, top, right, bottom = (math.floor(edge * DPI) for edge in edges)
-        return left, top, -right, -bottom
 
-    def place(self, x: int, y: int) -> None:
-        """Give all parts their positions, moved by (x, y), as matplotlib's fractions."""
-        figure_width, figure_height = self.figure.get_size_inches() * DPI
-        for axes, (left, top, width, height) in self.axes:
-            bottom = figure_height - (y + top + height)
-            axes.set_position(
-                (
-                    (x + left) / figure_width,
-                    bottom / figure_height,
-                    width / figure_width,
-                    height / figure_height,
-                )
-            )
-        for text, (left, top) in self.texts:
-            text.set_position(((x + left) / figure_width, 1 - (y + top) / figure_height))
+def add_colorbar(figure: Figure, image, left: int, top: int, height: int, label: str = "") -> None:
+    """The colour bar of what imshow returned, its ticks and label to the right."""
+    bar = figure.colorbar(image, cax=add_axes(figure, left, top, GAP, height), label=label)
+    bar.ax.locator_params(nbins=max(2, min(5, height // (2 * LINE))))
+    bar.outline.set_linewidth(FRAME_WIDTH)
+
+
+def fit(figure: Figure, caption: str = "") -> Figure:
+    """Put the caption below everything, and a margin of GAP around it; the figure itself."""
+    left, top, right, bottom = content_box(figure)
+    if caption:
+        add_text(figure, caption, left, bottom + 2 * GAP, max(right - left, MIN_TEXT_WIDTH))
+        left, top, right, bottom = content_box(figure)
+    width, height = right - left + 2 * GAP, bottom - top + 2 * GAP
+    figure.set_size_inches(width / DPI, height / DPI)
+    move = Affine2D().scale(DPI).translate(GAP - left, height - GAP + top - DPI)
+    move.scale(1 / width, 1 / height)
+    for axes in figure.axes:
+        axes.set_position(axes.get_position().transformed(move))
+    for text in figure.texts:
+        text.set_position(move.transform(text.get_position()))
+    return figure
+
+
+def content_box(figure: Figure) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is drawn, in pixels rounded outwards."""
+    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())  # in inches
+    left, top = math.floor(box.x0 * DPI), math.floor((1 - box.y1) * DPI)
+    return left, top, math.ceil(box.x1 * DPI), math.ceil((1 - box.y0) * DPI)
 
 
 def add_heat_map(
-    layout: PixelLayout,
+    figure: Figure,
     values: np.ndarray,
     cell: tuple[int, int],
     left: int = 0,
@@ -136,26 +120,25 @@ def add_heat_map(
         cell: width and height in pixels.
         names: of the rows and of the columns; None: ticks by index.
         label: of the colour bar.
-        texts: (rows, columns) of what to write into the cells, left out where the longest does
-            not fit.
+        texts: (rows, columns) of what to write into the cells, left out if the longest does not
+            fit.
         kwargs: cmap, vmin and vmax, as for imshow.
     """
-    rows, columns = values.shape
-    width, height = columns * cell[0], rows * cell[1]
-    axes = layout.add_axes(left, top, width, height)
+    height, width = values.shape[0] * cell[1], values.shape[1] * cell[0]
+    axes = add_axes(figure, left, top, width, height)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **kwargs)
-    for axis, axis_names in ((axes.yaxis, names[0]), (axes.xaxis, names[1])):
+    for axis, axis_names in zip((axes.yaxis, axes.xaxis), names, strict=True):
         if axis_names is None:
             axis.get_major_locator().set_params(integer=True)
         else:
-            axis.set_ticks(range(len(axis_names)), [plain(name) for name in axis_names])
+            axis.set_ticks(range(len(axis_names)), map(plain, axis_names))
             axis.set_tick_params(length=0, labelsize=min(FONT_SIZE, 0.8 * cell[1] / DPI * 72))
     if texts is not None and fits(texts, cell, text_size):
         is_dark = image.to_rgba(values)[..., :3] @ (0.299, 0.587, 0.114) < 0.5
         for (row, column), text in np.ndenumerate(texts):
             ink = "white" if is_dark[row, column] else "black"
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=text_size)
-    layout.add_colorbar(image, left + width + GAP, top, height, label)
+    add_colorbar(figure, image, left + width + GAP, top, height, label)
     return axes
 
 

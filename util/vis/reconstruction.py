@@ -12,7 +12,18 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from util.io.errors import UserError
-from util.vis.figures import DPI, GAP, LINE, MIN_TEXT_WIDTH, PixelLayout, add_heat_map, to_rgb
+from util.vis.figures import (
+    DPI,
+    GAP,
+    LINE,
+    MIN_TEXT_WIDTH,
+    add_heat_map,
+    add_image,
+    add_text,
+    fit,
+    new_figure,
+    to_rgb,
+)
 
 COLUMNS = ("original", "masked", "prediction", "prediction\n+ visible")
 GREY = 128  # not shown: masked patches; beside the prediction, the visible ones
@@ -113,24 +124,24 @@ def draw_reconstructions(
     height, width = (side * enlargement(*imgs.shape[2:]) for side in imgs.shape[2:])
     pitch = max(width, COLUMN_WIDTH) + GAP
     text_width = max(len(COLUMNS) * pitch - GAP, MIN_TEXT_WIDTH)
-    layout, top, is_partial = PixelLayout(), 0, False
+    figure, top, is_partial = new_figure(), 0, False
     for mask_ratio in mask_ratios or [args.mask_ratio]:
         kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
         result = reconstruct(model, imgs, noise, mask_ratio, kept)
         is_partial |= not (result.visible | result.predicted).all()
-        top = layout.add_text(describe(result, mask_ratio), 0, top, text_width) + GAP // 2
+        top = add_text(figure, describe(result, mask_ratio), 0, top, text_width) + GAP // 2
         for j, title in enumerate(COLUMNS):
-            layout.add_text(title, j * pitch, top + (1 - title.count("\n")) * LINE)
+            add_text(figure, title, j * pitch, top + (1 - title.count("\n")) * LINE)
         top += 2 * LINE + GAP // 2
         columns = reconstruction_columns(
             imgs, result, model.patch_embed.grid_size, args.mean, args.std
         )
         for row in columns.swapaxes(0, 1):
             for j, image in enumerate(row):
-                layout.add_image(image, j * pitch, top, width, height)
+                add_image(figure, image, j * pitch, top, width, height)
             top += height + GAP
         top += GAP
-    return layout.finish(" ".join([caption, *notes(model, imgs.shape[1], is_partial)]).strip())
+    return fit(figure, " ".join([caption, *notes(model, imgs.shape[1], is_partial)]).strip())
 
 
 def enlargement(height: int, width: int) -> int:
@@ -205,9 +216,9 @@ def draw_feature_map_weights(model: nn.Module, caption: str = "") -> Figure:
         max(DPI // 6, min(DPI // 3, int(6.5 * DPI / len(maps)))),
         max(DPI // 5, DPI // len(weights)),
     )
-    layout = PixelLayout()
+    figure = new_figure()
     axes = add_heat_map(
-        layout,
+        figure,
         weights,
         cell,
         names=([str(j + 1) for j in range(len(weights))], maps),
@@ -222,4 +233,4 @@ def draw_feature_map_weights(model: nn.Module, caption: str = "") -> Figure:
     )
     axes.set_xlabel("encoder block" + " (0: its input tokens)" * model.use_input)
     axes.set_ylabel("decoder block")
-    return layout.finish(caption)
+    return fit(figure, caption)
