@@ -447,16 +447,16 @@ def test_heat_map():
     """Exact cells of the map's colours, numbers only while they fit, in readable ink."""
     values = np.array([[0.5, -1.0, 0.0], [0.0, 1.0, -0.5]])
     texts = np.array([[f"{x:.1f}" for x in row] for row in values])
-    options = dict(label="x", cmap="RdBu_r", vmin=-1, vmax=1)
+    options = dict(label="x", texts=texts, cmap="RdBu_r", vmin=-1, vmax=1)
     figure = new_figure()
-    axes = add_heat_map(figure, values, (30, 20), names=("ab", "123"), **options)
+    axes = add_heat_map(figure, values, 0, 0, 30, 20, ("ab", "123"), **options)
     page = figure_to_array(fit(figure)).transpose(1, 2, 0)
     colors = (axes.images[0].to_rgba(values, bytes=True)[..., :3]).repeat(20, 0).repeat(30, 1)
     inside = np.s_[3:-3, 3:-3]  # the frame is drawn over the edge
     find(page, colors[inside])
     for cell, fits in (((100, 40), True), ((40, 40), False), ((100, 20), False)):
         figure = new_figure()
-        axes = add_heat_map(figure, values, cell, names=(None, None), texts=texts, **options)
+        axes = add_heat_map(figure, values, 0, 0, *cell, (None, None), **options)
         assert texts_in(axes.texts) == (texts.ravel().tolist() if fits else [])
         if fits:
             inks = ["black", "white", "black", "black", "white", "black"]
@@ -487,8 +487,8 @@ def test_feature_map_weights(tiny_cross, tiny_mae):
 
 def test_long_texts_are_wrapped_and_not_cut():
     text = "one line of text that is far too long for the figure " * 3
-    lines = wrap(text, 400).splitlines()
-    assert " ".join(lines) == " ".join(text.split()) and len(lines) > 3
+    lines = wrap(text, 10).splitlines()
+    assert " ".join(lines) == " ".join(text.split()) and len(lines) == 3
     assert wrap("x" * 200, 10) == "x" * 200  # a long path stays whole
     figure = new_figure()
     add_axes(figure, 0, 0, 20, 20)

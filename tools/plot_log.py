@@ -45,13 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help=f"entries of log.txt to draw (default: {', '.join(USUAL_KEYS)}, if present)",
     )
-    parser.add_argument(
-        "--log_scale",
-        nargs="+",
-        default=[],
-        metavar="KEY",
-        help="keys drawn on a logarithmic axis; values that are not positive are gaps",
-    )
+    parser.add_argument("--log_scale", action="store_true", help="logarithmic axes for the values")
     parser.add_argument("--caption", help="text below the panels")
     return parser
 
@@ -148,7 +142,7 @@ def unit_of(key: str, loss_kind: str) -> str:
 
 def draw_curves(
     panels: dict[tuple[str, str], dict[str, Curve]],
-    log_scale: list[str] = (),
+    log_scale: bool = False,
     caption: str | None = None,
 ) -> Figure:
     """A panel for each (key, unit) with the curves of the runs, {name: curve}."""
@@ -169,16 +163,10 @@ def draw_curves(
         axes = figure.add_subplot(num_rows, num_columns, i + 1)
         lines |= draw_panel(axes, curves, styles)
         axes.set_ylabel(plain(f"{key} ({unit})" if unit else key))
-        if key in log_scale:
-            axes.set_yscale("log", nonpositive="mask")
-    figure.legend(
-        lines.values(),
-        map(plain, lines),
-        loc="outside upper left",
-        ncols=legend_columns,
-        fontsize=FONT_SIZE,
-        frameon=False,
-    )
+        if log_scale:
+            axes.set_yscale("log", nonpositive="mask")  # values that are not positive are gaps
+    options = dict(ncols=legend_columns, fontsize=FONT_SIZE, frameon=False)
+    figure.legend(lines.values(), map(plain, lines), loc="outside upper left", **options)
     if caption:
         text = wrap(caption, int(width * DPI))
         figure.supxlabel(plain(text), fontsize=FONT_SIZE, x=0.01, ha="left")
@@ -190,15 +178,8 @@ def draw_panel(axes: Axes, curves: dict[str, Curve], styles: dict[str, dict]) ->
     lines = {}
     for name, curve in curves.items():
         values = [value if math.isfinite(value) else math.nan for _, value in curve]
-        marker = "o" if len(curve) < FEW else None
-        (lines[name],) = axes.plot(
-            [epoch for epoch, _ in curve],
-            values,
-            marker=marker,
-            markersize=3,
-            linewidth=1.2,
-            **styles[name],
-        )
+        style = styles[name] | dict(marker="o" if len(curve) < FEW else None, markersize=3)
+        (lines[name],) = axes.plot([epoch for epoch, _ in curve], values, linewidth=1.2, **style)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(color="0.9", linewidth=0.6)
@@ -210,21 +191,13 @@ def main(args: argparse.Namespace) -> None:
     check_format(args.out)
     names = name_runs(args.runs)
     logs = {name: read_log(source) for name, source in zip(names, args.runs, strict=True)}
-    kinds = {
-        name: read_loss_kind(source, logs[name])
-        for name, source in zip(names, args.runs, strict=True)
-    }
+    kinds = map(read_loss_kind, args.runs, logs.values())
+    kinds = dict(zip(names, kinds, strict=True))
     panels = {}
-    keys = choose_keys(logs, args.keys)
-    for key in keys:
+    for key in choose_keys(logs, args.keys):
         for name, log in logs.items():
             if key in log:
                 panels.setdefault((key, unit_of(key, kinds[name])), {})[name] = log[key]
-    idle = [key for key in args.log_scale if key not in keys]
-    if idle:
-        raise UserError(
-            f"--log_scale names {', '.join(idle)}, which is not drawn: add it to --keys."
-        )
     save_figure(draw_curves(panels, args.log_scale, args.caption), args.out)
     logger.info("Curves in %s", args.out)
 

@@ -37,9 +37,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         prog="python -m tools.visualize", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="of main_pretrain.py: a file, https:// or hf:// URL",
+        "--checkpoint", required=True, help="of main_pretrain.py: a file, https:// or hf:// URL"
     )
     parser.add_argument("--model", help="name of the model, if the file does not hold it")
     parser.add_argument(
@@ -159,15 +157,8 @@ def main(args: argparse.Namespace) -> None:
         draw = draw_reconstructions
         if args.attention:
             draw = partial(draw_attention, num_patches=args.num_patches or NUM_PATCHES)
-        figure = draw(
-            model.to(device),
-            imgs,
-            trained,
-            args.mask_ratio,
-            args.kept_mask_ratio,
-            args.seed,
-            args.caption,
-        )
+        options = args.mask_ratio, args.kept_mask_ratio, args.seed, args.caption
+        figure = draw(model.to(device), imgs, trained, *options)
     save_figure(figure, args.out)
     logger.info("Figure in %s", args.out)
 

@@ -16,19 +16,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from util.layers.masking import gather_tokens
-from util.vis.figures import (
-    DPI,
-    GAP,
-    LINE,
-    MIN_TEXT_WIDTH,
-    add_colorbar,
-    add_heat_map,
-    add_image,
-    add_text,
-    fit,
-    new_figure,
-    to_rgb,
-)
+from util.vis import figures
+from util.vis.figures import DPI, GAP, LINE
 from util.vis.reconstruction import GREY, choose_kept_mask_ratio, draw_noise, patch_area
 
 READ = ("visible", "masked", "class token")  # what a decoder may attend to
@@ -142,11 +131,11 @@ def draw_attention(
         UserError: as there.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
-    pixels = to_rgb(imgs, args.mean, args.std)
+    pixels = figures.to_rgb(imgs, args.mean, args.std)
     grid = model.patch_embed.grid_size
     tile = min(TILE_SIDE, WIDTH // (1 + len(model.decoder_blocks)) - GAP)
     side = max(MIN_SIDE, tile // max(grid))  # of a patch
-    figure, top = new_figure(), 0
+    figure, top = figures.new_figure(), 0
     for mask_ratio in mask_ratios or [args.mask_ratio]:
         kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
         attention = read_attention(model, imgs, noise, mask_ratio, kept)
@@ -166,7 +155,7 @@ def draw_attention(
                 add_maps(figure, image, maps[:, i, query], place, side, top)
                 top += grid[0] * side + GAP
         top += 2 * GAP
-    return fit(figure, " ".join([caption, *notes(model)]).strip())
+    return figures.fit(figure, " ".join([caption, *notes(model)]).strip())
 
 
 def add_summary(
@@ -187,23 +176,12 @@ def add_summary(
         f"Mask ratio {mask_ratio:g}: fraction of attention, mean over all "
         f"{attention.ids_pred.numel()} predicted patches; sum over blocks: {sums}"
     )
-    width = max((1 + num_blocks) * pitch, MIN_TEXT_WIDTH)
-    top = add_text(figure, text, 0, top, width) + 2 * LINE
-    axes = add_heat_map(
-        figure,
-        mass.numpy(),
-        (pitch, height),
-        pitch - GAP // 2,
-        top,
-        names=(READ, [f"block {j + 1}" for j in range(num_blocks)]),
-        label="fraction",
-        texts=np.array([[f"{x:.2f}" for x in row] for row in mass.tolist()]),
-        cmap=COLORS,
-        vmin=0,
-        vmax=1,
-    )
+    top = figures.add_text(figure, text, 0, top, (1 + num_blocks) * pitch) + 2 * LINE
+    names = READ, [f"block {j + 1}" for j in range(num_blocks)]
+    options = dict(cmap=COLORS, vmin=0, vmax=1, texts=np.char.mod("%.2f", mass.numpy()))
+    place = pitch - GAP // 2, top, pitch, height
+    axes = figures.add_heat_map(figure, mass.numpy(), *place, names, "fraction", **options)
     axes.xaxis.tick_top()
-    axes.tick_params(length=0)
     return top + len(READ) * height + GAP
 
 
@@ -223,15 +201,15 @@ def add_maps(
     pitch = size[0] + GAP
     colors = dict(cmap=COLORS, vmin=0, vmax=np.nanmax(maps))
     extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)  # in patches, like the maps
-    tiles = [add_image(figure, image, 0, top, *size, extent=extent, interpolation="auto")]
+    tiles = [figures.add_image(figure, image, 0, top, *size, extent=extent, interpolation="auto")]
     for j, values in enumerate(maps):
-        tiles.append(add_image(figure, values, (1 + j) * pitch, top, *size, **colors))
+        tiles.append(figures.add_image(figure, values, (1 + j) * pitch, top, *size, **colors))
     margin = 0.5 + 0.5 * FRAME_WIDTH / 72 * DPI / side  # the frame is outside the patch
     for axes in tiles:
         corner = query[1] - margin, query[0] - margin
         line = dict(fill=False, edgecolor=FRAME, linewidth=FRAME_WIDTH, clip_on=False)
         axes.add_patch(Rectangle(corner, 2 * margin, 2 * margin, **line))
-    add_colorbar(figure, axes.images[0], len(tiles) * pitch + GAP // 2, top, size[1])
+    figures.add_colorbar(figure, axes.images[0], len(tiles) * pitch + GAP // 2, top, size[1])
 
 
 def notes(model: nn.Module) -> list[str]:

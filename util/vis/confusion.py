@@ -27,19 +27,11 @@ def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
     if num_classes <= MAX_NAMED:
         cell = max(cell, NAME_CELL)
         names = [shorten(name) for name in classes]
-    figure = new_figure()
-    axes = add_heat_map(
-        figure,
-        counts / counts.sum(axis=1, keepdims=True).clip(min=1),
-        (cell, cell),
-        names=(names, names),
-        label="fraction of the true class",
-        texts=np.array([[str(count) if count else "" for count in row] for row in counts]),
-        text_size=6,
-        cmap="Blues",
-        vmin=0,
-        vmax=1,
-    )
+    fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    texts = np.where(counts, np.char.mod("%d", counts), "")
+    options = dict(cmap="Blues", vmin=0, vmax=1, texts=texts, text_size=6)
+    figure, label = new_figure(), "fraction of the true class"
+    axes = add_heat_map(figure, fractions, 0, 0, cell, cell, (names, names), label, **options)
     kind = "class" if names else "class index"
     axes.set_xlabel(f"predicted {kind}")
     axes.set_ylabel(f"true {kind}")

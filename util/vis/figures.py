@@ -30,7 +30,7 @@ GAP = 16  # pixels between the parts of a figure
 FONT_SIZE = 7  # points
 FRAME_WIDTH = 0.5  # points
 LINE = round(1.3 * FONT_SIZE / 72 * DPI)  # pixels from one line of text to the next
-MIN_TEXT_WIDTH = int(3.4 * DPI)  # pixels of a line in a caption
+MIN_TEXT_WIDTH = int(3.4 * DPI)  # pixels
 # formats by suffix, with the metadata that would make two equal figures different files
 FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
@@ -63,7 +63,7 @@ def add_image(
 
 def add_text(figure: Figure, text: str, left: int, top: int, width: int | None = None) -> int:
     """Text, wrapped to about `width` pixels; returns where the next line would begin."""
-    for line in (text if width is None else wrap(text, width)).split("\n"):
+    for line in (wrap(text, width) if width else text).split("\n"):
         baseline = top + round(0.8 * LINE)
         figure.text(left / DPI, 1 - baseline / DPI, plain(line), fontsize=FONT_SIZE)
         top += LINE
@@ -81,7 +81,7 @@ def fit(figure: Figure, caption: str = "") -> Figure:
     """Put the caption below everything, and a margin of GAP around it; the figure itself."""
     left, top, right, bottom = content_box(figure)
     if caption:
-        add_text(figure, caption, left, bottom + 2 * GAP, max(right - left, MIN_TEXT_WIDTH))
+        add_text(figure, caption, left, bottom + 2 * GAP, right - left)
         left, top, right, bottom = content_box(figure)
     width, height = right - left + 2 * GAP, bottom - top + 2 * GAP
     figure.set_size_inches(width / DPI, height / DPI)
@@ -104,27 +104,26 @@ def content_box(figure: Figure) -> tuple[int, int, int, int]:
 def add_heat_map(
     figure: Figure,
     values: np.ndarray,
-    cell: tuple[int, int],
-    left: int = 0,
-    top: int = 0,
-    *,
+    left: int,
+    top: int,
+    cell_width: int,
+    cell_height: int,
     names: tuple[Sequence[str] | None, Sequence[str] | None],
     label: str,
-    texts: np.ndarray | None = None,
+    texts: np.ndarray,
     text_size: float = FONT_SIZE,
     **kwargs,
 ) -> Axes:
     """A matrix (rows, columns) as coloured cells, its colour bar to the right.
 
     Args:
-        cell: width and height in pixels.
         names: of the rows and of the columns; None: ticks by index.
         label: of the colour bar.
         texts: (rows, columns) of what to write into the cells, left out if the longest does not
             fit.
         kwargs: cmap, vmin and vmax, as for imshow.
     """
-    height, width = values.shape[0] * cell[1], values.shape[1] * cell[0]
+    height, width = values.shape[0] * cell_height, values.shape[1] * cell_width
     axes = add_axes(figure, left, top, width, height)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **kwargs)
     for axis, axis_names in zip((axes.yaxis, axes.xaxis), names, strict=True):
@@ -132,8 +131,9 @@ def add_heat_map(
             axis.get_major_locator().set_params(integer=True)
         else:
             axis.set_ticks(range(len(axis_names)), map(plain, axis_names))
-            axis.set_tick_params(length=0, labelsize=min(FONT_SIZE, 0.8 * cell[1] / DPI * 72))
-    if texts is not None and fits(texts, cell, text_size):
+            axis.set_tick_params(length=0, labelsize=min(FONT_SIZE, 0.8 * cell_height / DPI * 72))
+    em = text_size / 72 * DPI  # pixels; a digit is less than 0.7 of it wide
+    if np.char.str_len(texts).max() * 0.7 * em <= cell_width and 1.2 * em <= cell_height:
         is_dark = image.to_rgba(values)[..., :3] @ (0.299, 0.587, 0.114) < 0.5
         for (row, column), text in np.ndenumerate(texts):
             ink = "white" if is_dark[row, column] else "black"
@@ -150,21 +150,16 @@ def style_axes(axes: Axes) -> None:
     axes.spines[:].set_linewidth(FRAME_WIDTH)
 
 
-def fits(texts: np.ndarray, cell: tuple[int, int], size: float) -> bool:
-    """Whether every text fits into a cell; a digit is less than 0.7 of the font size wide."""
-    em = size / 72 * DPI
-    return max(map(len, texts.flat)) * 0.7 * em <= cell[0] and 1.2 * em <= cell[1]
-
-
 def plain(text: str) -> str:
     """Text for matplotlib to draw as it is: `$` is no mathematics, undecodable bytes are `?`."""
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def wrap(text: str, width: int) -> str:
-    """Lines of about that many pixels; a letter is on average 0.54 of the font size wide."""
-    letters = int(width / (0.54 * FONT_SIZE / 72 * DPI))
-    return textwrap.fill(text, max(letters, 1), break_long_words=False, break_on_hyphens=False)
+    """Lines of about `width` pixels, but at least MIN_TEXT_WIDTH."""
+    letter = 0.54 * FONT_SIZE / 72 * DPI  # average width in pixels
+    letters = int(max(width, MIN_TEXT_WIDTH) / letter)
+    return textwrap.fill(text, letters, break_long_words=False, break_on_hyphens=False)
 
 
 def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

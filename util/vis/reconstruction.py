@@ -12,18 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from util.io.errors import UserError
-from util.vis.figures import (
-    DPI,
-    GAP,
-    LINE,
-    MIN_TEXT_WIDTH,
-    add_heat_map,
-    add_image,
-    add_text,
-    fit,
-    new_figure,
-    to_rgb,
-)
+from util.vis import figures
+from util.vis.figures import DPI, GAP, LINE
 
 COLUMNS = ("original", "masked", "prediction", "prediction\n+ visible")
 GREY = 128  # not shown: masked patches; beside the prediction, the visible ones
@@ -77,7 +67,7 @@ def reconstruction_columns(
     Args:
         grid: (rows, columns) of patches.
     """
-    original, predicted = (to_rgb(x, mean, std) for x in (imgs, result.pixels))
+    original, predicted = (figures.to_rgb(x, mean, std) for x in (imgs, result.pixels))
     side = original.shape[1] // grid[0]
     visible, is_predicted = (
         patch_area(x, grid, side)[..., None] for x in (result.visible, result.predicted)
@@ -123,25 +113,26 @@ def draw_reconstructions(
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
     height, width = (side * enlargement(*imgs.shape[2:]) for side in imgs.shape[2:])
     pitch = max(width, COLUMN_WIDTH) + GAP
-    text_width = max(len(COLUMNS) * pitch - GAP, MIN_TEXT_WIDTH)
-    figure, top, is_partial = new_figure(), 0, False
+    figure, top, is_partial = figures.new_figure(), 0, False
     for mask_ratio in mask_ratios or [args.mask_ratio]:
         kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
         result = reconstruct(model, imgs, noise, mask_ratio, kept)
         is_partial |= not (result.visible | result.predicted).all()
-        top = add_text(figure, describe(result, mask_ratio), 0, top, text_width) + GAP // 2
+        top = figures.add_text(figure, describe(result, mask_ratio), 0, top, 4 * pitch) + GAP // 2
         for j, title in enumerate(COLUMNS):
-            add_text(figure, title, j * pitch, top + (1 - title.count("\n")) * LINE)
+            figures.add_text(figure, title, j * pitch, top + (1 - title.count("\n")) * LINE)
         top += 2 * LINE + GAP // 2
         columns = reconstruction_columns(
             imgs, result, model.patch_embed.grid_size, args.mean, args.std
         )
         for row in columns.swapaxes(0, 1):
             for j, image in enumerate(row):
-                add_image(figure, image, j * pitch, top, width, height)
+                figures.add_image(figure, image, j * pitch, top, width, height)
             top += height + GAP
         top += GAP
-    return fit(figure, " ".join([caption, *notes(model, imgs.shape[1], is_partial)]).strip())
+    return figures.fit(
+        figure, " ".join([caption, *notes(model, imgs.shape[1], is_partial)]).strip()
+    )
 
 
 def enlargement(height: int, width: int) -> int:
@@ -216,21 +207,11 @@ def draw_feature_map_weights(model: nn.Module, caption: str = "") -> Figure:
         max(DPI // 6, min(DPI // 3, int(6.5 * DPI / len(maps)))),
         max(DPI // 5, DPI // len(weights)),
     )
-    figure = new_figure()
-    axes = add_heat_map(
-        figure,
-        weights,
-        cell,
-        names=([str(j + 1) for j in range(len(weights))], maps),
-        label="weight",
-        texts=np.array(
-            [[f"{x:.2f}".replace("-", "\N{MINUS SIGN}") for x in row] for row in weights]
-        ),
-        text_size=6,
-        cmap="RdBu_r",
-        vmin=-limit,
-        vmax=limit,
-    )
+    texts = np.char.replace(np.char.mod("%.2f", weights), "-", "\N{MINUS SIGN}")
+    names = [str(j + 1) for j in range(len(weights))], maps
+    options = dict(cmap="RdBu_r", vmin=-limit, vmax=limit, texts=texts, text_size=6)
+    figure = figures.new_figure()
+    axes = figures.add_heat_map(figure, weights, 0, 0, *cell, names, "weight", **options)
     axes.set_xlabel("encoder block" + " (0: its input tokens)" * model.use_input)
     axes.set_ylabel("decoder block")
-    return fit(figure, caption)
+    return figures.fit(figure, caption)
