@@ -153,7 +153,7 @@ def draw_attention(
                 query = (2 * j + 1) * num_predicted // (2 * count)
                 place = divmod(attention.ids_pred[i, query].item(), grid[1])
                 add_maps(figure, image, maps[:, i, query], place, side, top)
-                top += grid[0] * side + GAP
+                top += grid[0] * side + LINE  # room for the labels of the colour bars
         top += 2 * GAP
     return figures.fit(figure, " ".join([caption, *notes(model)]).strip())
 

@@ -207,7 +207,7 @@ def draw_feature_map_weights(model: nn.Module, caption: str = "") -> Figure:
         max(DPI // 6, min(DPI // 3, int(6.5 * DPI / len(maps)))),
         max(DPI // 5, DPI // len(weights)),
     )
-    texts = np.char.replace(np.char.mod("%.2f", weights), "-", "\N{MINUS SIGN}")
+    texts = np.char.replace(np.char.mod("%.2f", weights.round(2) + 0.0), "-", "\N{MINUS SIGN}")
     names = [str(j + 1) for j in range(len(weights))], maps
     options = dict(cmap="RdBu_r", vmin=-limit, vmax=limit, texts=texts, text_size=6)
     figure = figures.new_figure()
