@@ -1,4 +1,4 @@
-"""tools/plot_log.py: which numbers are read from log.txt, and where they stand in the picture."""
+"""tools/plot_log.py: which values are read from log.txt, and where they are drawn."""
 
 import json
 import math
@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tools import plot_log
 from util.io.errors import UserError
+from util.vis.figures import figure_to_array
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,7 +25,7 @@ def write_log(folder: Path, lines: list[dict | str]) -> Path:
 
 
 def test_reading(tmp_path):
-    """The later line of an epoch counts; lists and texts are no curves."""
+    """The later line of an epoch counts; lists and strings are no curves."""
     lines = [
         {"train_loss": 3.0, "epoch": 0, "note": "x"},
         {"train_loss": 2.0, "epoch": 1},
@@ -67,79 +69,134 @@ def test_names():
     assert plot_log.name_runs(["/p/a", "/q/a"]) == ["/p/a", "/q/a"]
 
 
-@pytest.mark.parametrize(
-    ("low", "high"),
-    [(0, 1), (0.71, 1.78), (2.2936, 2.3015), (9.2, 83.7), (-3, 1e-4), (5, 5), (0, 0)],
-)
-def test_ticks(low, high):
-    ticks = plot_log.nice_ticks(low, high)
-    step = ticks[1] - ticks[0]
-    assert 2 <= len(ticks) <= 6
-    assert ticks[0] <= low + 1e-9 * step and ticks[-1] >= high - 1e-9 * step
-    if high > low:
-        assert ticks[0] > low - step and ticks[-1] < high + step
-    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
-    assert any(mantissa == pytest.approx(nice) for nice in (1, 2, 5))
-    assert all(b - a == pytest.approx(step) for a, b in zip(ticks, ticks[1:], strict=False))
+def draw(out: Path, *flags) -> None:
+    plot_log.main(plot_log.get_args_parser().parse_args([*map(str, flags), "--out", str(out)]))
 
 
-def test_ticks_of_epochs():
-    assert plot_log.nice_ticks(0, 19, 1.0, 11) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
-    assert plot_log.nice_ticks(0, 1, 1.0, 11) == [0, 1]
-    assert plot_log.nice_ticks(0, 799, 1.0, 11) == [100 * i for i in range(9)]
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are drawn instead of saved."""
+    found = []
+    monkeypatch.setattr(plot_log, "save_figure", lambda figure, out: found.append(figure))
+    return found
 
 
-def pixels_of(area: Image.Image, color: tuple) -> set[tuple[int, int]]:
-    """Places of exactly that colour."""
-    return {
-        (x, y)
-        for x in range(area.width)
-        for y in range(area.height)
-        if area.getpixel((x, y)) == color
+def labels_of(figure) -> list[str]:
+    return [axes.get_ylabel() for axes in figure.axes]
+
+
+def test_curves_labels_and_colors(tmp_path, figures):
+    """A panel per key with the logged points; a run has one colour and one name everywhere."""
+    points = [{"train_loss": 3 - i, "test_acc1": 20.0 * i, "epoch": i} for i in range(3)]
+    first, second = (write_log(tmp_path / name, points[: 3 - i]) for i, name in enumerate("a_"))
+    draw("x.png", first, second, "--caption", "Mine.")
+    (figure,) = figures
+    assert labels_of(figure) == ["train_loss (cross-entropy)", "test_acc1 (%)"]
+    for axes, values in zip(figure.axes, ([3, 2, 1], [0, 20, 40]), strict=True):
+        assert axes.get_xlabel() == "epoch" and axes.get_yscale() == "linear"
+        assert [line.get_ydata().tolist() for line in axes.lines] == [values, values[:2]]
+        assert [line.get_xdata().tolist() for line in axes.lines] == [[0, 1, 2], [0, 1]]
+        assert [line.get_color() for line in axes.lines] == ["C0", "C1"]
+        assert all(line.get_visible() for line in axes.get_xgridlines() + axes.get_ygridlines())
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["a", "_"]
+    assert [line.get_color() for line in legend.get_lines()] == ["C0", "C1"]
+    assert figure.get_supxlabel() == "Mine."
+    draw("x.png", first)
+    assert figures[1].get_supxlabel() == "" and not figures[1].texts
+
+
+def test_points_are_where_they_belong():
+    """In pixels: the line goes through the middle of the axes, dots mark few points."""
+    figure = plot_log.draw_curves({("x", ""): {"a": [(0, 0.0), (10, 1.0)], "b": [(5, 1.0)]}})
+    page = figure_to_array(figure).transpose(1, 2, 0)
+    axes = figure.axes[0]
+    blue, orange = (31, 119, 180), (255, 127, 14)
+    for point, color in (((0, 0), blue), ((5, 0.5), blue), ((10, 1), blue), ((5, 1), orange)):
+        x, y = axes.transData.transform(point)
+        assert tuple(page[len(page) - 1 - int(y), int(x)]) == color
+    x, y = axes.transData.transform((5, 0.25))
+    assert tuple(page[len(page) - 1 - int(y), int(x) + 9]) == (255, 255, 255)
+
+
+def test_runs_of_more_than_all_colors_differ():
+    curves = {f"run {i}": [(0, i), (1, i)] for i in range(25)}
+    lines = plot_log.draw_curves({("x", ""): curves}).axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 25
+
+
+def test_losses_of_different_kinds_get_a_panel_each(tmp_path, figures):
+    """By run.json, and by the test results that only fine-tuning logs."""
+    runs = []
+    for i, norm_pix_loss in enumerate((True, False, None, True)):
+        runs.append(write_log(tmp_path / f"run{i}", [{"train_loss": i, "epoch": 0}]))
+        if norm_pix_loss is not None:
+            text = json.dumps({"args": {"norm_pix_loss": norm_pix_loss}}, indent=1)
+            (runs[i] / "run.json").write_text(text)
+    fine = [{"train_loss": 4, "test_loss": 5, "test_acc1": 6, "train_lr": 7, "epoch": 0}]
+    runs.append(write_log(tmp_path / "fine", fine))
+    runs[0] = runs[0] / "log.txt"
+    draw("x.png", *runs)
+    drawn = {
+        axes.get_ylabel(): [line.get_ydata()[0] for line in axes.lines] for axes in figures[0].axes
     }
+    assert drawn == {
+        "train_loss (MSE of normalized pixels)": [0, 3],
+        "train_loss (MSE of pixels)": [1],
+        "train_loss (MSE)": [2],
+        "train_loss (cross-entropy)": [4],
+        "test_loss (cross-entropy)": [5],
+        "test_acc1 (%)": [6],
+    }
+    draw("x.png", *runs, "--keys", "train_lr")
+    assert labels_of(figures[1]) == ["train_lr"]
 
 
-def test_points_stand_where_they_belong():
-    """Few points get a dot each; a value in the middle of the axes is in the middle."""
-    blue, green = plot_log.COLORS[0], plot_log.COLORS[2]
-    curves = {"a": [(0, 0.0), (5, 1.0), (10, 0.5)], "b": [(5, 0.0)]}
-    area = plot_log.draw_area(curves, {"a": blue, "b": green}, [0, 10], [0.0, 1.0])
-    gap, width, height = plot_log.GAP, plot_log.WIDTH, plot_log.HEIGHT
-    assert area.size == (width + 2 * gap, height + 2 * gap)
-    found = pixels_of(area, blue)
-    places = [(gap, gap + height), (gap + width // 2, gap), (gap + width, gap + height // 2)]
-    assert set(places) <= found
-    quarter = (gap + width // 4, gap + height // 2)  # on the line between two points
-    assert any((x, quarter[1]) in found for x in range(quarter[0] - 2, quarter[0] + 3))
-    dot = pixels_of(area, green)
-    assert (gap + width // 2, gap + height) in dot
-    assert all(abs(x - gap - width // 2) <= 3 and abs(y - gap - height) <= 3 for x, y in dot)
+def test_values_that_are_not_finite_are_gaps(tmp_path, figures):
+    values = [1.0, 2.0, math.nan, 3.0, math.inf, 4.0]
+    points = [{"train_loss": value, "epoch": i} for i, value in enumerate(values)]
+    draw("x.png", write_log(tmp_path / "a", points))
+    (line,) = figures[0].axes[0].lines
+    expected = [1, 2, math.nan, 3, math.nan, 4]
+    assert np.array_equal(line.get_ydata(), expected, equal_nan=True)
+    figure_to_array(plot_log.draw_curves({("x", ""): {"a": [(0, math.nan)]}}))  # empty axes
 
 
-def test_values_that_are_not_finite_cut_the_curve():
-    curve = [(0, 1.0), (1, 2.0), (2, math.nan), (3, 3.0), (4, math.inf)]
-    assert plot_log.finite_parts(curve) == [[(0, 1.0), (1, 2.0)], [(3, 3.0)]]
-    assert plot_log.finite_parts([(0, math.nan)]) == []
-    plot_log.draw_panel({"a": [(0, math.nan)]}, {"a": plot_log.COLORS[0]})  # axes alone
+def test_log_scale(tmp_path, figures):
+    run = write_log(tmp_path / "a", [{"train_loss": i, "epoch": i} for i in range(4)])
+    draw("x.png", run)
+    draw("x.png", run, "--log_scale")  # the 0 is left out
+    assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log"]
+    figure_to_array(figures[1])
+    assert figures[1].axes[0].get_ylim()[0] > 0
 
 
 def test_command(tmp_path):
-    """In a process of its own, two runs of different keys."""
+    """In a process of its own, two runs of different keys; equal commands give equal files."""
     first = write_log(tmp_path / "a", [{"train_loss": 1 / (i + 1), "epoch": i} for i in range(9)])
     second = write_log(
-        tmp_path / "b", [{"train_loss": 1.0, "test_acc1": 10.0 * i, "epoch": i} for i in range(3)]
+        tmp_path / "$b$", [{"train_loss": 1.0, "test_acc1": 10.0 * i, "epoch": i} for i in range(3)]
     )
-    out = tmp_path / "curves.png"
+    out = tmp_path / "deep" / "curves.png"
     command = [sys.executable, "-m", "tools.plot_log", first, second, "--out", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    with Image.open(out) as picture:
-        assert picture.width > plot_log.WIDTH and picture.height > 2 * plot_log.HEIGHT
-        colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
-    assert {plot_log.COLORS[0], plot_log.COLORS[1]} <= colors
+    assert str(out) in done.stdout and len(done.stdout.splitlines()) == 1
+    with Image.open(out) as image:
+        assert image.format == "PNG" and image.width > image.height > 500
+        colors = {color[:3] for _, color in image.getcolors(1 << 20)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colors
 
 
-def test_main_refuses_another_kind_of_picture(tmp_path):
-    args = plot_log.get_args_parser().parse_args([str(tmp_path), "--out", "curves.jpg"])
-    with pytest.raises(ValueError, match="must end in .png"):
-        plot_log.main(args)
+@pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_vector_formats(tmp_path, suffix, start):
+    run = write_log(tmp_path / "a", [{"train_loss": 1.0, "epoch": 0}])
+    first, second = tmp_path / f"1{suffix}", tmp_path / f"2{suffix}"
+    for out in (first, second):
+        draw(out, run)
+    assert first.read_bytes().startswith(start) and first.read_bytes() == second.read_bytes()
+
+
+def test_other_formats_are_refused_before_reading(tmp_path):
+    with pytest.raises(UserError, match="curves.jpg; it must end in .png, .pdf, .svg"):
+        draw("curves.jpg", tmp_path / "nowhere")

@@ -17,7 +17,7 @@ ANSWERS = {
         "docs/install.md#Installation and imports",
     ],
     "reconstructions look wrong": [
-        "test_visualize.py::test_a_perfect_prediction_gives_back_the_picture"
+        "test_visualize.py::test_a_perfect_prediction_restores_the_image"
     ],
     "which checkpoint do I have": [
         "test_checkpoint.py::test_kinds",

@@ -1,13 +1,12 @@
-"""Draw what a pre-training checkpoint does, as a PNG file.
+"""Draw what a pre-training checkpoint does, as a PNG, PDF or SVG file.
 
     python -m tools.visualize --checkpoint C.pth --images FILE_OR_FOLDER [more] --out grid.png
-    python -m tools.visualize --checkpoint C.pth --images ... --attention --out attention.png
-    python -m tools.visualize --checkpoint C.pth --weights --out weights.png
+    python -m tools.visualize --checkpoint C.pth --images ... --attention --out attention.pdf
+    python -m tools.visualize --checkpoint C.pth --weights --out weights.svg
 
-The first draws reconstructions: original, masked, predicted, predicted pasted into the visible
-patches. The second draws which patches a predicted patch reads, the third the weights of the
-encoder's feature maps. Size, patch, channels, mean and deviation, norm_pix_loss and mask ratios
-come from the checkpoint.
+The first draws reconstructions: original, masked, prediction, prediction with the visible patches.
+The second draws which patches a predicted patch attends to, the third the weights of the encoder's
+feature maps. Sizes, mean and std, norm_pix_loss and mask ratios come from the checkpoint.
 """
 
 import argparse
@@ -24,9 +23,9 @@ from util.data.transforms import build_transform
 from util.distributed import choose_device
 from util.io.errors import CheckpointError, UserError
 from util.run.launch import launch
-from util.vis import attention_maps as decoder_attention
-from util.vis import reconstruction as views
-from util.vis.figures import check_png, save_png
+from util.vis.attention_maps import draw_attention
+from util.vis.figures import check_format, save_figure
+from util.vis.reconstruction import draw_feature_map_weights, draw_reconstructions
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +37,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         prog="python -m tools.visualize", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="of main_pretrain.py: a file, https or hf:// address",
+        "--checkpoint", required=True, help="of main_pretrain.py: a file, https:// or hf:// URL"
     )
-    parser.add_argument("--model", help="name of the model, where the file does not say it")
+    parser.add_argument("--model", help="name of the model, if the file does not hold it")
     parser.add_argument(
-        "--images", nargs="+", default=[], metavar="PATH", help="pictures, or folders of them"
+        "--images", nargs="+", default=[], metavar="PATH", help="image files, or folders of them"
     )
-    parser.add_argument("--out", required=True, help="PNG file to write")
+    parser.add_argument("--out", required=True, help="file to write: .png, .pdf or .svg")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--attention",
         action="store_true",
-        help="draw which patches a predicted patch reads in each decoder block",
+        help="draw which patches a predicted patch attends to in each decoder block",
     )
     mode.add_argument(
         "--weights",
@@ -62,28 +59,29 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--num_images",
         type=int,
         default=8,
-        help="at most so many, spread evenly over what --images finds (default: 8)",
+        help="at most so many, spread evenly over those of --images (default: 8)",
     )
     parser.add_argument(
         "--mask_ratio",
         type=float,
         nargs="+",
         metavar="R",
-        help="share of patches hidden; several: a block of rows each (default: the checkpoint's)",
+        help="ratio of masked patches; several: a block of rows each (default: the checkpoint's)",
     )
     parser.add_argument(
         "--kept_mask_ratio",
         type=float,
-        help="CrossMAE: share of all patches that is predicted (default: the checkpoint's share of "
-        "the hidden ones)",
+        help="CrossMAE: ratio of all patches that is predicted (default: the checkpoint's fraction "
+        "of the masked ones)",
     )
     parser.add_argument(
         "--num_patches",
         type=int,
-        help=f"with --attention: predicted patches per picture (default: {NUM_PATCHES})",
+        help=f"with --attention: predicted patches per image (default: {NUM_PATCHES})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if available)")
+    parser.add_argument("--caption", default="", help="first line of the text below the figure")
     return parser
 
 
@@ -94,7 +92,7 @@ def load_pretrained(source: str, **changes) -> tuple[nn.Module, argparse.Namespa
         CheckpointError: the file cannot be read or has no decoder.
     """
     model, args = load_trained(source, **changes)
-    if not hasattr(model, "decoder_pred"):
+    if model.kind == "classifier":
         raise CheckpointError(
             f"{source} is a fine-tuned classifier, which predicts no pixels; give the checkpoint "
             "that main_pretrain.py wrote."
@@ -102,30 +100,30 @@ def load_pretrained(source: str, **changes) -> tuple[nn.Module, argparse.Namespa
     return model, args
 
 
-def choose_images(sources: list[str], number: int) -> list[str]:
-    """At most `number` files, evenly spread over the given files and those in the given folders.
+def choose_images(sources: list[str], count: int) -> list[str]:
+    """At most `count` files, spread evenly over the given files and those in the given folders.
 
     Raises:
-        UserError: a source does not exist, or there is no picture at all.
-        UserError: there is no source, or the number is not positive.
+        UserError: no source is given, one does not exist, or none holds an image.
+        UserError: the count is not positive.
     """
     if not sources:
-        raise UserError("There is nothing to draw: name pictures or folders with --images.")
-    if number < 1:
-        raise UserError(f"--num_images is {number}; it must be at least 1.")
+        raise UserError("There is nothing to draw: name images or folders with --images.")
+    if count < 1:
+        raise UserError(f"--num_images is {count}; it must be at least 1.")
     paths = []
     for source in sources:
         if not Path(source).exists():
             raise UserError(f"There is no file or folder {source}; check --images.")
         paths += find_images(source) if Path(source).is_dir() else [source]
     if not paths:
-        raise UserError(f"There is no picture in {', '.join(sources)}; check --images.")
-    number = min(number, len(paths))
-    return [paths[i * len(paths) // number] for i in range(number)]
+        raise UserError(f"There is no image in {', '.join(sources)}; check --images.")
+    count = min(count, len(paths))
+    return [paths[i * len(paths) // count] for i in range(count)]
 
 
 def load_images(paths: list[str], args: argparse.Namespace) -> Tensor:
-    """Pictures as evaluation sees them, resized, cropped, normalised: (B, C, H, W)."""
+    """Images as evaluation sees them, resized, cropped, normalized: (B, C, H, W)."""
     transform = build_transform(False, args)
     return torch.stack([transform(open_image(path, args.in_chans)) for path in paths])
 
@@ -136,11 +134,11 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         UserError: with the flag and the remedy.
     """
-    check_png(args.out)
+    check_format(args.out)
     if args.weights:
         for name in ("images", "mask_ratio", "kept_mask_ratio"):
             if getattr(args, name):
-                raise UserError(f"--weights needs no pictures and no masks: leave out --{name}.")
+                raise UserError(f"--weights needs no images and no masks: leave out --{name}.")
     if args.num_patches is not None and not args.attention:
         raise UserError("--num_patches belongs to --attention: add it, or leave this out.")
     if args.num_patches is not None and args.num_patches < 1:
@@ -151,28 +149,18 @@ def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = choose_device(args.device, 0)
     model, trained = load_pretrained(args.checkpoint, model=args.model)
-    title = f"{trained.model}, {args.checkpoint}"
     if args.weights:
-        picture = views.feature_map_weights(model, title)
+        figure = draw_feature_map_weights(model, args.caption)
     else:
         paths = choose_images(args.images, args.num_images)
         imgs = load_images(paths, trained).to(device)
-        draw = views.reconstruction_grid
+        draw = draw_reconstructions
         if args.attention:
-            draw = partial(
-                decoder_attention.attention_grid, num_patches=args.num_patches or NUM_PATCHES
-            )
-        picture = draw(
-            model.to(device),
-            imgs,
-            trained,
-            args.mask_ratio,
-            args.kept_mask_ratio,
-            args.seed,
-            title,
-        )
-    save_png(picture, args.out)
-    logger.info("%s: %d x %d pixels", args.out, picture.shape[2], picture.shape[1])
+            draw = partial(draw_attention, num_patches=args.num_patches or NUM_PATCHES)
+        options = args.mask_ratio, args.kept_mask_ratio, args.seed, args.caption
+        figure = draw(model.to(device), imgs, trained, *options)
+    save_figure(figure, args.out)
+    logger.info("Figure in %s", args.out)
 
 
 if __name__ == "__main__":

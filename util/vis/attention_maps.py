@@ -1,37 +1,35 @@
-"""What a decoder reads: the attention of predicted patches, recomputed and drawn.
+"""Where the decoder's predicted patches attend to, recomputed and drawn.
 
-Letters: B images, L patches, V visible, P predicted, N query tokens, M key tokens, H heads, d head
+Notation: B images, L patches, V visible, P predicted, N query tokens, M key tokens, H heads, d head
 width, J decoder blocks.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from util.layers.masking import gather_tokens
-from util.vis.figures import (
-    GREY,
-    TILE_SIDE,
-    Page,
-    color,
-    enlarge,
-    fit,
-    heat_map,
-    outline,
-    patch_area,
-    to_rgb,
-)
-from util.vis.reconstruction import draw_noise, predicts_a_part, share_to_predict
+from util.vis import figures
+from util.vis.figures import DPI, GAP, LINE
+from util.vis.reconstruction import GREY, choose_kept_mask_ratio, draw_noise, patch_area
 
 READ = ("visible", "masked", "class token")  # what a decoder may attend to
-MIN_SIDE = 4  # pixels of a patch in a map
+COLORS = colormaps["magma"].with_extremes(bad=[GREY / 255] * 3)  # grey: not readable
+FRAME, FRAME_WIDTH = "cyan", 1.0  # of the query patch, in points
+WIDTH = int(7 * DPI)  # pixels that a row of maps takes at most, unless there are many blocks
+TILE_SIDE = int(1.1 * DPI)  # pixels of one map, at most
+MIN_SIDE = 8  # pixels of a patch in a map, at least
 
 
 class DecoderAttention(NamedTuple):
-    """What the predicted patches read, mean over heads."""
+    """Attention of the predicted patches, mean over heads."""
 
     weights: Tensor  # (J, B, P, 1 + L): class token first, then patches; 0 where nothing is read
     ids_pred: Tensor  # (B, P)
@@ -39,8 +37,8 @@ class DecoderAttention(NamedTuple):
 
     @property
     def mass(self) -> Tensor:
-        """Share of a predicted patch's attention that goes to each of READ, mean over patches and
-        pictures: (3, J), every column sums to 1.
+        """Fraction of a predicted patch's attention that goes to each of READ, mean over patches
+        and images: (3, J), every column sums to 1.
         """
         cls, patches = self.weights[..., 0], self.weights[..., 1:]
         is_visible = self.visible.unsqueeze(1)
@@ -54,18 +52,18 @@ def read_attention(
 ) -> DecoderAttention:
     """Attention of every decoder block on imgs (B, C, H, W), masked by noise (B, L).
 
-    Recomputed from the queries and keys that the model's own layers give; the model runs unchanged.
-    CrossMAE's queries read the class token and visible patches, MAE's all patches.
+    Recomputed from the queries and keys of the model's own layers; the model runs unchanged.
+    CrossMAE's queries attend to the class token and visible patches, MAE's to all patches.
     """
     masking = model.draw_masking(imgs, mask_ratio, kept_mask_ratio, noise)
-    is_cross = predicts_a_part(model)
+    is_cross = model.kind == "crossmae"
     layers = [block.cross_attn if is_cross else block.attn for block in model.decoder_blocks]
     projections = [p for x in layers for p in ((x.q, x.kv) if is_cross else (x.qkv,))]
     with catch_outputs(projections) as outputs:
         model(imgs, mask_ratio, kept_mask_ratio, noise=noise)
-    weights = [attention_weights(layer, outputs).mean(1) for layer in layers]  # (B, N, M) each
+    weights = [attention_weights(x, outputs, is_cross).mean(1) for x in layers]  # (B, N, M) each
     if is_cross:
-        weights = [spread(w, masking.ids_keep, masking.order.shape[1]) for w in weights]
+        weights = [scatter_columns(w, masking.ids_keep, masking.order.shape[1]) for w in weights]
     else:
         weights = [gather_tokens(w, 1 + masking.ids_pred) for w in weights]
     visible = torch.zeros_like(masking.mask).scatter_(1, masking.ids_keep, 1).bool()
@@ -88,100 +86,140 @@ def catch_outputs(modules: Sequence[nn.Module]):
             handle.remove()
 
 
-def attention_weights(layer: nn.Module, outputs: dict[nn.Module, Tensor]) -> Tensor:
+def attention_weights(layer: nn.Module, outputs: dict[nn.Module, Tensor], is_cross: bool) -> Tensor:
     """softmax(q k^T / sqrt(d)), written out: (B, H, N, M).
 
     Args:
-        layer: util.layers.blocks.CrossAttention or Attention.
-        outputs: what its projections gave.
+        layer: util.layers.blocks.CrossAttention if is_cross, else Attention.
+        outputs: of its projections.
     """
-    if hasattr(layer, "qkv"):
-        q, k, _ = outputs[layer.qkv].unflatten(2, (3, layer.num_heads, -1)).unbind(2)
-    else:
+    if is_cross:
         q = outputs[layer.q].unflatten(2, (layer.num_heads, -1))
         k, _ = outputs[layer.kv].unflatten(2, (2, layer.num_heads, -1)).unbind(2)
+    else:
+        q, k, _ = outputs[layer.qkv].unflatten(2, (3, layer.num_heads, -1)).unbind(2)
     logits = torch.einsum("bnhd,bmhd->bhnm", q.float(), k.float())
     return (logits / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
-def spread(weights: Tensor, ids_keep: Tensor, num_patches: int) -> Tensor:
-    """Columns of the visible patches to their places: (B, P, 1 + V) -> (B, P, 1 + L)."""
+def scatter_columns(weights: Tensor, ids_keep: Tensor, num_patches: int) -> Tensor:
+    """Columns of the visible patches to their positions: (B, P, 1 + V) -> (B, P, 1 + L)."""
     columns = torch.cat([torch.zeros_like(ids_keep[:, :1]), 1 + ids_keep], dim=1).unsqueeze(1)
     full = weights.new_zeros(*weights.shape[:2], 1 + num_patches)
     return full.scatter_(2, columns.expand_as(weights), weights)
 
 
-def attention_grid(
+def draw_attention(
     model: nn.Module,
     imgs: Tensor,
     args,
     mask_ratios: Sequence[float] | None = None,
     kept_mask_ratio: float | None = None,
     seed: int = 0,
-    title: str = "",
+    caption: str = "",
     num_patches: int = 3,
-) -> Tensor:
-    """What predicted patches read: one row per patch, one column per decoder block.
+) -> Figure:
+    """Attention of predicted patches: one row per patch, one column per decoder block.
+
+    Above the rows, the fraction of attention that goes to each of READ.
 
     Args:
-        num_patches: predicted patches of each picture, spread evenly over its raster order.
-        others: as for util.vis.reconstruction.reconstruction_grid.
+        num_patches: predicted patches of each image, spread evenly over its raster order.
+        others: as for util.vis.reconstruction.draw_reconstructions.
 
     Raises:
         UserError: as there.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
-    page = Page()
-    if title:
-        page.add_text(title)
-    for note in notes(model):
-        page.add_text(note)
-    for mask_ratio in mask_ratios or [args.mask_ratio]:
-        kept = share_to_predict(model, args, mask_ratio, kept_mask_ratio)
-        attention = read_attention(model, imgs, noise, mask_ratio, kept)
-        page.add_text(
-            f"mask ratio {mask_ratio:g}: where the attention goes, mean over all "
-            f"{attention.ids_pred.numel()} predicted patches; over the blocks it adds up to "
-            + ", ".join(f"{x:.2f} {n}" for n, x in zip(READ, attention.mass.sum(1), strict=True))
-        )
-        blocks = [f"block {j + 1}" for j in range(len(attention.weights))]
-        page.add_picture(heat_map(attention.mass, READ, blocks))
-        for i, img in enumerate(to_rgb(imgs, args.mean, args.std)):
-            for tiles, labels in attention_rows(model, img, attention, i, num_patches):
-                page.add_tiles(tiles, labels)
-    return page.draw()
-
-
-def attention_rows(
-    model: nn.Module, img: Tensor, attention: DecoderAttention, index: int, num_patches: int
-) -> Iterator[tuple[list[Tensor], list[str]]]:
-    """Tiles and labels for some predicted patches of picture `index`, uint8 (3, height, width)."""
+    pixels = figures.to_rgb(imgs, args.mean, args.std)
     grid = model.patch_embed.grid_size
-    side = max(MIN_SIDE, round(TILE_SIDE / max(grid)))
-    area = patch_area(attention.visible[index : index + 1], grid, side)[0].cpu()
-    masked = fit(img.cpu(), grid[0] * side, grid[1] * side).where(area, GREY)
-    readable = area if predicts_a_part(model) else torch.ones_like(area)
-    num_predicted = attention.ids_pred.shape[1]
-    number = min(num_patches, num_predicted)
-    for place in [(2 * i + 1) * num_predicted // (2 * number) for i in range(number)]:
-        row, column = divmod(attention.ids_pred[index, place].item(), grid[1])
-        tiles, labels = [masked], ["masked"]
-        for j, weights in enumerate(attention.weights[:, index, place, 1:].cpu()):
-            largest = weights.max().clamp(min=1e-12)
-            heat = enlarge(color((weights / largest).unflatten(0, grid)), side)
-            tiles.append(heat.where(readable, GREY))
-            labels.append(f"block {j + 1}: {largest:.3f}")
-        yield [outline(tile, row, column, side) for tile in tiles], labels
+    tile = min(TILE_SIDE, WIDTH // (1 + len(model.decoder_blocks)) - GAP)
+    side = max(MIN_SIDE, tile // max(grid))  # of a patch
+    figure, top = figures.new_figure(), 0
+    for mask_ratio in mask_ratios or [args.mask_ratio]:
+        kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
+        attention = read_attention(model, imgs, noise, mask_ratio, kept)
+        top = add_summary(figure, attention, mask_ratio, grid[1] * side + GAP, top)
+        weights = attention.weights[..., 1:]
+        if model.kind == "crossmae":
+            weights = weights.masked_fill(~attention.visible.unsqueeze(1), torch.nan)
+        maps = weights.cpu().unflatten(-1, grid).numpy()  # (J, B, P, rows, columns)
+        area = patch_area(attention.visible, grid, pixels.shape[1] // grid[0])
+        masked = np.where(area[..., None], pixels, np.uint8(GREY))
+        num_predicted = maps.shape[2]
+        count = min(num_patches, num_predicted)
+        for i, image in enumerate(masked):
+            for j in range(count):
+                query = (2 * j + 1) * num_predicted // (2 * count)
+                place = divmod(attention.ids_pred[i, query].item(), grid[1])
+                add_maps(figure, image, maps[:, i, query], place, side, top)
+                top += grid[0] * side + LINE  # room for the labels of the colour bars
+        top += 2 * GAP
+    return figures.fit(figure, " ".join([caption, *notes(model)]).strip())
+
+
+def add_summary(
+    figure: Figure, attention: DecoderAttention, mask_ratio: float, pitch: int, top: int
+) -> int:
+    """The fraction of attention that goes to each of READ, as a heat map above the maps.
+
+    Args:
+        pitch: pixels from one column of maps to the next; column 0 is that of the image.
+
+    Returns:
+        The top of the first row of maps.
+    """
+    mass = attention.mass.cpu()
+    num_blocks, height = mass.shape[1], 3 * LINE // 2
+    sums = ", ".join(f"{x:.2f} {name}" for name, x in zip(READ, mass.sum(1), strict=True))
+    text = (
+        f"Mask ratio {mask_ratio:g}: fraction of attention, mean over all "
+        f"{attention.ids_pred.numel()} predicted patches; sum over blocks: {sums}"
+    )
+    top = figures.add_text(figure, text, 0, top, (1 + num_blocks) * pitch) + 2 * LINE
+    names = READ, [f"block {j + 1}" for j in range(num_blocks)]
+    options = dict(cmap=COLORS, vmin=0, vmax=1, texts=np.char.mod("%.2f", mass.numpy()))
+    place = pitch - GAP // 2, top, pitch, height
+    axes = figures.add_heat_map(figure, mass.numpy(), *place, names, "fraction", **options)
+    axes.xaxis.tick_top()
+    return top + len(READ) * height + GAP
+
+
+def add_maps(
+    figure: Figure, image: np.ndarray, maps: np.ndarray, query: tuple[int, int], side: int, top: int
+) -> None:
+    """One row: a masked image and what one of its patches attends to, with a colour bar.
+
+    Args:
+        image: (H, W, 3).
+        maps: (J, rows, columns) of patches, NaN if not readable.
+        query: row and column of the patch, which is framed.
+        side: pixels of a patch.
+    """
+    rows, columns = maps.shape[1:]
+    size = columns * side, rows * side
+    pitch = size[0] + GAP
+    colors = dict(cmap=COLORS, vmin=0, vmax=np.nanmax(maps))
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)  # in patches, like the maps
+    tiles = [figures.add_image(figure, image, 0, top, *size, extent=extent, interpolation="auto")]
+    for j, values in enumerate(maps):
+        tiles.append(figures.add_image(figure, values, (1 + j) * pitch, top, *size, **colors))
+    margin = 0.5 + 0.5 * FRAME_WIDTH / 72 * DPI / side  # the frame is outside the patch
+    for axes in tiles:
+        corner = query[1] - margin, query[0] - margin
+        line = dict(fill=False, edgecolor=FRAME, linewidth=FRAME_WIDTH, clip_on=False)
+        axes.add_patch(Rectangle(corner, 2 * margin, 2 * margin, **line))
+    figures.add_colorbar(figure, axes.images[0], len(tiles) * pitch + GAP // 2, top, size[1])
 
 
 def notes(model: nn.Module) -> list[str]:
-    """How the maps are to be read."""
+    """What a reader has to know, one sentence each."""
     found = [
-        "Attention of predicted patches (framed) in the decoder, mean over heads. In each map, "
-        "black is 0 and the brightest colour the number above it."
+        "Attention of predicted patches (framed) in each decoder block, mean over heads. First "
+        "column: the masked image. Colour bars: attention to one patch, on one scale per row."
     ]
-    if predicts_a_part(model):
-        found.append("Grey patches are hidden: this decoder reads visible patches only.")
-    if getattr(model.decoder_blocks[0], "has_self_attn", False):
-        found.append("Its self-attention between predicted patches is not drawn.")
+    if model.kind == "crossmae":
+        found.append("Grey: masked patches, which this decoder does not attend to.")
+        if model.decoder_blocks[0].has_self_attn:
+            found.append("Its self-attention between predicted patches is not shown.")
     return found

@@ -1,164 +1,169 @@
-"""Drawing: pages of text, tiles and heat maps, made with Pillow and returned as uint8 tensors.
+"""What all figures share: layout in whole pixels, heat maps, colours of images, file formats.
 
-Knows nothing of models. Letters: B images, C channels, H height, W width, L patches.
+Figures are matplotlib's and made without pyplot: no window, no global state.
+
+Notation: B images, C channels, H height, W width.
 """
 
+import logging
+import math
+import textwrap
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Affine2D
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from util.io.errors import UserError
+from util.io.files import atomic_write
 
-GREY = 128  # what is not shown
-HATCH = (150, 205)  # the two greys of what is missing
-INK = (20, 20, 20)
-PAPER = (255, 255, 255)
-FRAME = (0, 235, 235)
-GAP = 8  # pixels between the parts of a page
-TEXT_SIZE = 14
-CELL_HEIGHT = 26  # of a heat map
-MIN_WIDTH = 420  # of a page, so that its text finds room
-TILE_SIDE = 160  # small pictures are enlarged to about this
+logging.getLogger("fontTools").setLevel(logging.WARNING)  # reports on every font in a PDF file
 
-# Stops of the colour scales, evenly spaced: dark to bright, and blue over white to red.
-HEAT = ((10, 8, 35), (85, 20, 110), (190, 55, 85), (245, 130, 30), (252, 250, 170))
-SIGNED = ((25, 60, 150), (120, 165, 220), (250, 250, 250), (230, 140, 110), (150, 20, 35))
+DPI = 256  # a power of two: inches = pixels / DPI is exact
+GAP = 16  # pixels between the parts of a figure
+FONT_SIZE = 7  # points
+FRAME_WIDTH = 0.5  # points
+LINE = round(1.3 * FONT_SIZE / 72 * DPI)  # pixels from one line of text to the next
+MIN_TEXT_WIDTH = int(3.4 * DPI)  # pixels
+# formats by suffix, with the metadata that would make two equal figures different files
+FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
-@cache
-def font(size: int = TEXT_SIZE) -> ImageFont.FreeTypeFont:
-    """The typeface that comes with Pillow."""
-    return ImageFont.load_default(size)
+def new_figure() -> Figure:
+    """An empty figure to which the functions below add parts, anywhere; `fit` then crops it.
+
+    Their positions are pixels of the PNG file: left counts to the right, top downwards.
+    """
+    figure = Figure(figsize=(1, 1), dpi=DPI)  # one inch: matplotlib's fractions are pixels / DPI
+    figure.patch.set_in_layout(False)
+    return figure
 
 
-def text_width(text: str, size: int = TEXT_SIZE) -> int:
-    """Pixels that one line of text takes."""
-    return int(font(size).getlength(text)) + 1
+def add_axes(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
+    axes = figure.add_axes((left / DPI, 1 - (top + height) / DPI, width / DPI, height / DPI))
+    style_axes(axes)
+    return axes
 
 
-def line_height(size: int = TEXT_SIZE) -> int:
-    return round(size * 1.35)
+def add_image(
+    figure: Figure, image: np.ndarray, left: int, top: int, width: int, height: int, **kwargs
+) -> Axes:
+    """Axes without frame that the image fills; kwargs as for imshow."""
+    axes = add_axes(figure, left, top, width, height)
+    axes.set_axis_off()
+    axes.imshow(image, **({"aspect": "auto", "interpolation": "nearest"} | kwargs))
+    return axes
 
 
-class Page:
-    """A picture that grows downwards: lines of text, rows of tiles."""
-
-    def __init__(self):
-        self.parts: list[str | Image.Image] = []
-
-    def add_text(self, text: str) -> None:
-        """A paragraph; it is wrapped to the width of the page."""
-        self.parts.append(text)
-
-    def add_picture(self, picture: Image.Image) -> None:
-        """A part of its own, at the left margin."""
-        self.parts.append(picture)
-
-    def add_tiles(self, tiles: Sequence[Tensor], labels: Sequence[str] = ()) -> None:
-        """A row of tiles (3, H, W) of one size, each below its label."""
-        height, width = tiles[0].shape[1:]
-        column = max([width, *(text_width(label) for label in labels)]) + GAP
-        top = line_height() if labels else 0
-        row = Image.new("RGB", (column * len(tiles) - GAP, top + height), PAPER)
-        draw = ImageDraw.Draw(row)
-        for i, label in enumerate(labels):
-            draw.text((i * column, 0), label, INK, font())
-        for i, tile in enumerate(tiles):
-            row.paste(to_pil_image(tile.cpu()), (i * column, top))
-        self.parts.append(row)
-
-    def draw(self) -> Tensor:
-        """The page as uint8 (3, H, W)."""
-        texts = [part for part in self.parts if isinstance(part, str)]
-        pictures = [part for part in self.parts if not isinstance(part, str)]
-        words = [text_width(word) for text in texts for word in text.split()]
-        width = max([MIN_WIDTH, *words, *(picture.width for picture in pictures)])
-        parts = [draw_text(p, width) if isinstance(p, str) else p for p in self.parts]
-        height = sum(part.height + GAP for part in parts) + GAP
-        page = Image.new("RGB", (width + 2 * GAP, height), PAPER)
-        top = GAP
-        for part in parts:
-            page.paste(part, (GAP, top))
-            top += part.height + GAP
-        return pil_to_tensor(page)
+def add_text(figure: Figure, text: str, left: int, top: int, width: int | None = None) -> int:
+    """Text, wrapped to about `width` pixels; returns where the next line would begin."""
+    for line in (wrap(text, width) if width else text).split("\n"):
+        baseline = top + round(0.8 * LINE)
+        figure.text(left / DPI, 1 - baseline / DPI, plain(line), fontsize=FONT_SIZE)
+        top += LINE
+    return top
 
 
-def draw_text(text: str, width: int) -> Image.Image:
-    """Text as a picture of that width, in as many lines as it needs."""
-    lines = wrap(text, width)
-    picture = Image.new("RGB", (width, line_height() * len(lines)), PAPER)
-    draw = ImageDraw.Draw(picture)
-    for i, line in enumerate(lines):
-        draw.text((0, i * line_height()), line, INK, font())
-    return picture
+def add_colorbar(figure: Figure, image, left: int, top: int, height: int, label: str = "") -> None:
+    """The colour bar of what imshow returned, its ticks and label to the right."""
+    bar = figure.colorbar(image, cax=add_axes(figure, left, top, GAP, height), label=label)
+    bar.ax.locator_params(nbins=max(2, min(5, height // (2 * LINE))))
+    bar.outline.set_linewidth(FRAME_WIDTH)
 
 
-def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most that many pixels, unless one word takes more."""
-    lines = []
-    for word in text.split():
-        if lines and text_width(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
+def fit(figure: Figure, caption: str = "") -> Figure:
+    """Put the caption below everything, and a margin of GAP around it; the figure itself."""
+    left, top, right, bottom = content_box(figure)
+    if caption:
+        add_text(figure, caption, left, bottom + 2 * GAP, right - left)
+        left, top, right, bottom = content_box(figure)
+    width, height = right - left + 2 * GAP, bottom - top + 2 * GAP
+    figure.set_size_inches(width / DPI, height / DPI)
+    move = Affine2D().scale(DPI).translate(GAP - left, height - GAP + top - DPI)
+    move.scale(1 / width, 1 / height)
+    for axes in figure.axes:
+        axes.set_position(axes.get_position().transformed(move))
+    for text in figure.texts:
+        text.set_position(move.transform(text.get_position()))
+    return figure
 
 
-def heat_map(
-    matrix: Tensor, row_names: Sequence[str], column_names: Sequence[str], signed: bool = False
-) -> Image.Image:
-    """A matrix (rows, columns) as coloured cells with their numbers and names.
+def content_box(figure: Figure) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what is drawn, in pixels rounded outwards."""
+    box = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())  # in inches
+    left, top = math.floor(box.x0 * DPI), math.floor((1 - box.y1) * DPI)
+    return left, top, math.ceil(box.x1 * DPI), math.ceil((1 - box.y0) * DPI)
+
+
+def add_heat_map(
+    figure: Figure,
+    values: np.ndarray,
+    left: int,
+    top: int,
+    cell_width: int,
+    cell_height: int,
+    names: tuple[Sequence[str] | None, Sequence[str] | None],
+    label: str,
+    texts: np.ndarray,
+    text_size: float = FONT_SIZE,
+    **kwargs,
+) -> Axes:
+    """A matrix (rows, columns) as coloured cells, its colour bar to the right.
 
     Args:
-        signed: white is 0, blue below, red above; else dark is 0 and bright the largest number.
+        names: of the rows and of the columns; None: ticks by index.
+        label: of the colour bar.
+        texts: (rows, columns) of what to write into the cells, left out if the longest does not
+            fit.
+        kwargs: cmap, vmin and vmax, as for imshow.
     """
-    values = matrix.detach().float().cpu()
-    largest = values.abs().max().clamp(min=1e-12)
-    scaled = values / largest
-    colors = color(scaled / 2 + 0.5, SIGNED) if signed else color(scaled.clamp(min=0))
-    left = max(text_width(name) for name in row_names) + GAP
-    cell = max([text_width("-0.00"), *(text_width(name) for name in column_names)]) + GAP
-    top = line_height()
-    cells = enlarge(colors, CELL_HEIGHT).numpy().transpose(1, 2, 0)
-    cells = Image.fromarray(cells).resize(
-        (cell * values.shape[1], CELL_HEIGHT * values.shape[0]), Image.Resampling.NEAREST
-    )
-    picture = Image.new("RGB", (left + cells.width, top + cells.height), PAPER)
-    picture.paste(cells, (left, top))
-    draw = ImageDraw.Draw(picture)
-    for j, name in enumerate(column_names):
-        draw.text((left + (j + 0.5) * cell, 0), name, INK, font(), anchor="ma")
-    for i, name in enumerate(row_names):
-        middle = top + (i + 0.5) * CELL_HEIGHT
-        draw.text((0, middle), name, INK, font(), anchor="lm")
-        for j, value in enumerate(values[i].tolist()):
-            ink = INK if colors[:, i, j].float().mean() > 128 else PAPER
-            place = (left + (j + 0.5) * cell, middle)
-            draw.text(place, f"{round(value, 2) + 0:.2f}", ink, font(), anchor="mm")
-    return picture
+    height, width = values.shape[0] * cell_height, values.shape[1] * cell_width
+    axes = add_axes(figure, left, top, width, height)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **kwargs)
+    for axis, axis_names in zip((axes.yaxis, axes.xaxis), names, strict=True):
+        if axis_names is None:
+            axis.get_major_locator().set_params(integer=True)
+        else:
+            axis.set_ticks(range(len(axis_names)), map(plain, axis_names))
+            axis.set_tick_params(length=0, labelsize=min(FONT_SIZE, 0.8 * cell_height / DPI * 72))
+    em = text_size / 72 * DPI  # pixels; a digit is less than 0.7 of it wide
+    if np.char.str_len(texts).max() * 0.7 * em <= cell_width and 1.2 * em <= cell_height:
+        is_dark = image.to_rgba(values)[..., :3] @ (0.299, 0.587, 0.114) < 0.5
+        for (row, column), text in np.ndenumerate(texts):
+            ink = "white" if is_dark[row, column] else "black"
+            axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=text_size)
+    add_colorbar(figure, image, left + width + GAP, top, height, label)
+    return axes
 
 
-def check_png(path: str | Path) -> None:
-    """Raises UserError unless the name is one for save_png; to be called before the work."""
-    if Path(path).suffix.lower() != ".png":
-        raise UserError(f"--out is {path}; it must end in .png.")
+def style_axes(axes: Axes) -> None:
+    """Labels of FONT_SIZE and thin lines."""
+    axes.tick_params(labelsize=FONT_SIZE, width=FRAME_WIDTH, length=2)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_size(FONT_SIZE)
+    axes.spines[:].set_linewidth(FRAME_WIDTH)
 
 
-def save_png(picture: Tensor, path: str | Path) -> None:
-    """Write uint8 (3, H, W) to a PNG file, in a folder that is made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(picture).save(path, format="PNG")
+def plain(text: str) -> str:
+    """Text for matplotlib to draw as it is: `$` is no mathematics, undecodable bytes are `?`."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
-def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised pictures (B, C, H, W) in their true colours, uint8 (B, 3, H, W).
+def wrap(text: str, width: int) -> str:
+    """Lines of about `width` pixels, but at least MIN_TEXT_WIDTH."""
+    letter = 0.54 * FONT_SIZE / 72 * DPI  # average width in pixels
+    letters = int(max(width, MIN_TEXT_WIDTH) / letter)
+    return textwrap.fill(text, letters, break_long_words=False, break_on_hyphens=False)
+
+
+def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalized images (B, C, H, W) as pixels, uint8 (B, H, W, 3).
 
     1 or 2 channels: the first, as grey; more than 3: the first three.
     """
@@ -167,55 +172,30 @@ def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         torch.tensor(values[:shown], device=imgs.device).view(-1, 1, 1) for values in (mean, std)
     )
     pixels = (imgs[:, :shown].float() * std + mean).clamp(0, 1) * 255
-    return pixels.round().to(torch.uint8).expand(-1, 3, -1, -1)
+    pixels = pixels.round().to(torch.uint8).expand(-1, 3, -1, -1)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def enlarge(imgs: Tensor, factor: int) -> Tensor:
-    """Every pixel of (..., H, W) as a square of factor x factor."""
-    return imgs.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+def check_format(path: str | Path) -> None:
+    """Raises UserError unless save_figure can write that file; to be called before any work."""
+    if Path(path).suffix.lower() not in FORMATS:
+        raise UserError(f"--out is {path}; it must end in {', '.join(FORMATS)}.")
 
 
-def enlargement(height: int, width: int) -> int:
-    """The whole factor that makes a small picture visible; 1 for one that is large enough."""
-    return max(1, round(TILE_SIDE / max(height, width)))
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write the figure in the format of the suffix; equal figures give equal files.
 
-
-def fit(img: Tensor, height: int, width: int) -> Tensor:
-    """Resize uint8 (3, H, W), each new pixel the mean of what it covers."""
-    resized = torch.nn.functional.interpolate(img[None].float(), (height, width), mode="area")
-    return resized[0].round().to(torch.uint8)
-
-
-def patch_area(chosen: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """Which pixels belong to the chosen patches: (B, L) -> bool (B, 1, H, W).
-
-    Args:
-        side: of a patch, in pixels of the result.
+    Raises:
+        UserError: the file cannot be written.
     """
-    return enlarge(chosen.bool().unflatten(1, grid).unsqueeze(1), side)
+    suffix = Path(path).suffix.lower()
+    settings = {"savefig.bbox": None, "svg.hashsalt": "figure", "pdf.fonttype": 42}
+    with matplotlib.rc_context(settings), atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, format=suffix[1:], dpi=DPI, metadata=FORMATS[suffix])
 
 
-def hatch(height: int, width: int, stripe: int) -> Tensor:
-    """Diagonal grey stripes, `stripe` pixels wide: uint8 (height, width)."""
-    diagonal = torch.arange(height).unsqueeze(1) + torch.arange(width)
-    return torch.tensor(HATCH, dtype=torch.uint8)[diagonal // stripe % 2]
-
-
-def color(values: Tensor, stops: Sequence[tuple[int, int, int]] = HEAT) -> Tensor:
-    """Numbers in 0..1 on a colour scale: (H, W) -> uint8 (3, H, W)."""
-    places = np.linspace(0, 1, len(stops))
-    channels = [
-        np.interp(values.cpu().numpy(), places, channel) for channel in zip(*stops, strict=True)
-    ]
-    return torch.from_numpy(np.stack(channels).round().astype(np.uint8))
-
-
-def outline(tile: Tensor, row: int, column: int, side: int) -> Tensor:
-    """A copy of tile (3, H, W) with a frame around one patch."""
-    picture = to_pil_image(tile.cpu())
-    left, top = column * side, row * side
-    line = max(1, side // 8)
-    ImageDraw.Draw(picture).rectangle(
-        (left, top, left + side - 1, top + side - 1), None, FRAME, line
-    )
-    return pil_to_tensor(picture)
+def figure_to_array(figure: Figure) -> np.ndarray:
+    """The pixels of the PNG file, uint8 (3, H, W)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].transpose(2, 0, 1).copy()

@@ -1,19 +1,25 @@
-"""What a pre-training model does, as pictures: uint8 tensors (3, height, width) for PNG files and
-TensorBoard.
+"""What a pre-training model predicts, and the weights of the feature maps it reads, as figures.
 
-Letters: B images, C channels, H height, W width, L patches, J decoder blocks, K feature maps.
+Notation: B images, C channels, H height, W width, L patches, J decoder blocks, K feature maps.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from util.io.errors import UserError
-from util.vis.figures import GREY, Page, enlarge, enlargement, hatch, heat_map, patch_area, to_rgb
+from util.vis import figures
+from util.vis.figures import DPI, GAP, LINE
 
-COLUMNS = ("original", "masked", "predicted", "pasted")
+COLUMNS = ("original", "masked", "prediction", "prediction\n+ visible")
+GREY = 128  # not shown: masked patches; beside the prediction, the visible ones
+UNPREDICTED = 215  # masked patches that are not predicted
+TILE_SIDE = int(1.25 * DPI)  # pixels to which small images are enlarged, about
+COLUMN_WIDTH = int(0.6 * DPI)  # pixels, at least: the titles need them
 
 
 class Reconstruction(NamedTuple):
@@ -37,8 +43,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Mask imgs (B, C, H, W) by noise (B, L) and predict.
 
-    With norm_pix_loss the model predicts patches without their mean and deviation; those of the
-    original are put back.
+    With norm_pix_loss the model predicts patches without their mean and std; those of the original
+    are put back.
 
     Raises:
         UserError: the ratios leave nothing visible or predicted, or exceed each other.
@@ -54,107 +60,122 @@ def reconstruct(
 
 
 def reconstruction_columns(
-    imgs: Tensor, result: Reconstruction, grid: tuple[int, int], mean, std, factor: int = 1
-) -> Tensor:
-    """Original, masked, predicted and pasted pictures: uint8 (4, B, 3, H * factor, W * factor).
-
-    Hidden patches are grey, as are the visible ones beside the predicted; a masked patch that is
-    not predicted is hatched.
+    imgs: Tensor, result: Reconstruction, grid: tuple[int, int], mean, std
+) -> np.ndarray:
+    """The images of COLUMNS, uint8 (4, B, H, W, 3).
 
     Args:
         grid: (rows, columns) of patches.
-        factor: a whole number, enlarges.
     """
-    height, width = (side * factor for side in imgs.shape[2:])
-    side = height // grid[0]
-    original, predicted = (
-        enlarge(to_rgb(x, mean, std), factor).cpu() for x in (imgs, result.pixels)
+    original, predicted = (figures.to_rgb(x, mean, std) for x in (imgs, result.pixels))
+    side = original.shape[1] // grid[0]
+    visible, is_predicted = (
+        patch_area(x, grid, side)[..., None] for x in (result.visible, result.predicted)
     )
-    visible = patch_area(result.visible, grid, side).cpu()
-    is_predicted = patch_area(result.predicted, grid, side).cpu()
-    stripes = hatch(height, width, max(2, side // 5))
-    filled = torch.where(is_predicted, predicted, stripes)
-    masked = original.where(visible, GREY)
-    alone = filled.where(~visible, GREY)
-    return torch.stack([original, masked, alone, original.where(visible, filled)])
+    filled = np.where(is_predicted, predicted, np.uint8(UNPREDICTED))
+    masked = np.where(visible, original, np.uint8(GREY))
+    alone = np.where(visible, np.uint8(GREY), filled)
+    return np.stack([original, masked, alone, np.where(visible, original, filled)])
 
 
-def reconstruction_grid(
+def patch_area(chosen: Tensor, grid: tuple[int, int], side: int) -> np.ndarray:
+    """Patches (B, L) as the pixels they cover, bool (B, H, W)."""
+    patches = chosen.cpu().numpy().astype(bool).reshape(-1, *grid)
+    return patches.repeat(side, axis=1).repeat(side, axis=2)
+
+
+def draw_reconstructions(
     model: nn.Module,
     imgs: Tensor,
     args,
     mask_ratios: Sequence[float] | None = None,
     kept_mask_ratio: float | None = None,
     seed: int = 0,
-    title: str = "",
-) -> Tensor:
-    """One row per picture: original, masked, predicted, predicted pasted into the visible patches.
+    caption: str = "",
+) -> Figure:
+    """One row per image: original, masked, prediction, prediction with the visible patches.
+
+    In the PNG file, every pixel of an image is a square of whole pixels.
 
     Args:
         model: MAE or CrossMAE, without DDP around it.
-        imgs: (B, C, H, W), normalised, on the model's device.
+        imgs: (B, C, H, W), normalized, on the model's device.
         args: mean, std, mask_ratio and kept_mask_ratio the model was trained with.
         mask_ratios: one block of rows each, with nested masks (default: args.mask_ratio).
-        kept_mask_ratio: share of all patches that is predicted (default: of the masked patches
-            the share that training predicted).
+        kept_mask_ratio: ratio of all patches that is predicted (default: the fraction of the
+            masked patches that training predicted).
         seed: of the masks.
-        title: first line.
+        caption: first line of the caption.
 
     Raises:
         UserError: the ratios do not fit together, or the model ignores kept_mask_ratio.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
-    factor = enlargement(*imgs.shape[2:])
-    page = Page()
-    if title:
-        page.add_text(title)
-    for note in notes(model, imgs.shape[1]):
-        page.add_text(note)
+    height, width = (side * enlargement(*imgs.shape[2:]) for side in imgs.shape[2:])
+    pitch = max(width, COLUMN_WIDTH) + GAP
+    figure, top, is_partial = figures.new_figure(), 0, False
     for mask_ratio in mask_ratios or [args.mask_ratio]:
-        kept = share_to_predict(model, args, mask_ratio, kept_mask_ratio)
+        kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
         result = reconstruct(model, imgs, noise, mask_ratio, kept)
-        page.add_text(describe(result, mask_ratio))
-        grid = model.patch_embed.grid_size
-        columns = reconstruction_columns(imgs, result, grid, args.mean, args.std, factor)
-        for i, tiles in enumerate(columns.transpose(0, 1)):
-            page.add_tiles(list(tiles), COLUMNS if i == 0 else ())
-    return page.draw()
-
-
-def feature_map_weights(model: nn.Module, title: str = "") -> Tensor:
-    """The learned mixture of encoder feature maps, as a heat map: J decoder blocks x K maps.
-
-    Raises:
-        UserError: the model has none.
-    """
-    if not getattr(model, "weight_fm", False):
-        raise UserError(
-            "This model does not weight feature maps: only a CrossMAE trained with --weight_fm "
-            "does."
+        is_partial |= not (result.visible | result.predicted).all()
+        top = figures.add_text(figure, describe(result, mask_ratio), 0, top, 4 * pitch) + GAP // 2
+        for j, title in enumerate(COLUMNS):
+            figures.add_text(figure, title, j * pitch, top + (1 - title.count("\n")) * LINE)
+        top += 2 * LINE + GAP // 2
+        columns = reconstruction_columns(
+            imgs, result, model.patch_embed.grid_size, args.mean, args.std
         )
-    weights = model.wfm.linear.weight
-    columns = ["input"] * model.use_input + [str(i + 1) for i in model.use_fm]
-    page = Page()
-    if title:
-        page.add_text(title)
-    page.add_text(
-        "Weights of the encoder's feature maps (columns: encoder blocks) in what each decoder "
-        "block (rows) reads. Blue is negative, white 0, red positive."
+        for row in columns.swapaxes(0, 1):
+            for j, image in enumerate(row):
+                figures.add_image(figure, image, j * pitch, top, width, height)
+            top += height + GAP
+        top += GAP
+    return figures.fit(
+        figure, " ".join([caption, *notes(model, imgs.shape[1], is_partial)]).strip()
     )
-    rows = [f"decoder block {j + 1}" for j in range(len(weights))]
-    page.add_picture(heat_map(weights, rows, columns, signed=True))
-    return page.draw()
 
 
-def share_to_predict(
+def enlargement(height: int, width: int) -> int:
+    """The integer factor that makes a small image visible; 1 for one that is large enough."""
+    return max(1, round(TILE_SIDE / max(height, width)))
+
+
+def describe(result: Reconstruction, mask_ratio: float) -> str:
+    """The line above a block of rows."""
+    total = result.visible.shape[1]
+    visible, predicted = (int(x[0].sum()) for x in (result.visible, result.predicted))
+    return (
+        f"Mask ratio {mask_ratio:g}: {visible} of {total} patches visible, {predicted} predicted; "
+        f"loss {result.loss:.3f}"
+    )
+
+
+def notes(model: nn.Module, num_channels: int, is_partial: bool) -> list[str]:
+    """What a reader has to know, one sentence each."""
+    found = ["Grey: masked patches and, beside the prediction, the visible ones."]
+    if is_partial:
+        found.append("Light grey: masked patches that are not predicted.")
+    if model.norm_pix_loss:
+        found.append(
+            "The model predicts pixels normalized within each patch (norm_pix_loss); mean and "
+            "contrast of each patch are taken from the original."
+        )
+    if num_channels > 3:
+        found.append(f"Of {num_channels} channels, the first three are shown as RGB.")
+    if num_channels == 2:
+        found.append("Of 2 channels, the first is shown.")
+    return found
+
+
+def choose_kept_mask_ratio(
     model: nn.Module, args, mask_ratio: float, kept_mask_ratio: float | None
 ) -> float:
     """The kept_mask_ratio to draw with.
 
     Raises:
-        UserError: one is asked for, but the model predicts every masked patch.
+        UserError: one is given, but the model predicts every masked patch.
     """
-    if not predicts_a_part(model):
+    if model.kind == "mae":
         if kept_mask_ratio is not None:
             raise UserError(
                 "--kept_mask_ratio belongs to CrossMAE, but this is an MAE, which predicts every "
@@ -168,31 +189,29 @@ def share_to_predict(
     return mask_ratio * (args.kept_mask_ratio / args.mask_ratio)
 
 
-def predicts_a_part(model: nn.Module) -> bool:
-    """Whether the decoder is CrossMAE's, whose queries do not need each other."""
-    return hasattr(model.decoder_blocks[0], "cross_attn")
+def draw_feature_map_weights(model: nn.Module, caption: str = "") -> Figure:
+    """The learned weights of the encoder's feature maps, a heat map of J decoder blocks x K maps.
 
-
-def notes(model: nn.Module, num_channels: int) -> list[str]:
-    """What one has to know to read the colours."""
-    found = []
-    if model.norm_pix_loss:
-        found.append(
-            "norm_pix_loss: the model predicts pixels normalised within each patch; "
-            "patch mean + std are taken from the original."
+    Raises:
+        UserError: the model has none.
+    """
+    if model.kind != "crossmae" or not model.weight_fm:
+        raise UserError(
+            "This model does not weight feature maps: only a CrossMAE trained with --weight_fm "
+            "does."
         )
-    if num_channels > 3:
-        found.append(f"{num_channels} channels: the first three are drawn as red, green, blue.")
-    if num_channels == 2:
-        found.append("2 channels: the first is drawn.")
-    return found
-
-
-def describe(result: Reconstruction, mask_ratio: float) -> str:
-    """The line above a block of rows."""
-    total = result.visible.shape[1]
-    visible, predicted = (int(x[0].sum()) for x in (result.visible, result.predicted))
-    text = f"mask ratio {mask_ratio:g}: {visible} of {total} patches visible, {predicted} predicted"
-    if visible + predicted < total:
-        text += f", {total - visible - predicted} neither (hatched)"
-    return f"{text}; loss {result.loss:.3f}"
+    weights = model.wfm.linear.weight.detach().float().cpu().numpy()
+    maps = ["0"] * model.use_input + [str(i + 1) for i in model.use_fm]
+    limit = np.abs(weights).max() or 1.0
+    cell = (
+        max(DPI // 6, min(DPI // 3, int(6.5 * DPI / len(maps)))),
+        max(DPI // 5, DPI // len(weights)),
+    )
+    texts = np.char.replace(np.char.mod("%.2f", weights.round(2) + 0.0), "-", "\N{MINUS SIGN}")
+    names = [str(j + 1) for j in range(len(weights))], maps
+    options = dict(cmap="RdBu_r", vmin=-limit, vmax=limit, texts=texts, text_size=6)
+    figure = figures.new_figure()
+    axes = figures.add_heat_map(figure, weights, 0, 0, *cell, names, "weight", **options)
+    axes.set_xlabel("encoder block" + " (0: its input tokens)" * model.use_input)
+    axes.set_ylabel("decoder block")
+    return figures.fit(figure, caption)
