@@ -11,7 +11,7 @@ from util.io.checkpoint_file import read_checkpoint
 from util.optim import NativeScalerWithGradNormCount
 from util.rng import get_random_state
 from util.run import signals
-from util.run.output_dir import clean_output_dir, remove_old_checkpoints
+from util.run.output_dir import clear_output_dir, remove_old_checkpoints
 from util.run.state import RunState
 
 CASES = {  # script, processes, loader processes of the run that is killed
@@ -155,7 +155,7 @@ def test_the_log_of_another_run_is_laid_aside(tmp_path, caplog):
     (used / "checkpoint.pth").touch()
     (used / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
     args = Namespace(rank=0, output_dir=str(used), resume=str(tmp_path / "other/checkpoint.pth"))
-    clean_output_dir(args, first_epoch=1)
+    clear_output_dir(args, first_epoch=1)
     (aside,) = used.glob("log-until-*.txt")
     assert aside.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
     assert not (used / "log.txt").exists()
