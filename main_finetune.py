@@ -15,12 +15,11 @@ from torch import nn
 from engine_finetune import evaluate, train_one_epoch
 from util.build import build_classifier, load_trained
 from util.checkpoint import load_encoder, load_model
-from util.data.image_io import find_classes
 from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.sources import check_same_classes, find_classes, list_images
 from util.data.transforms import build_transform
-from util.datasets import build_dataset, check_same_classes
+from util.datasets import build_dataset
 from util.distributed import broadcast_buffers, wrap_ddp
-from util.eval.inference import list_images
 from util.eval.report import count_confusion, name_classes, predict_files, write_report
 from util.io.checkpoint_file import read_checkpoint, weights_of
 from util.io.errors import UserError
@@ -445,9 +444,10 @@ def predict(args) -> None:
         setattr(trained, name, getattr(args, name))
     prepare_output(args)
     out = Path(args.output_dir or ".", "predictions.csv")
+    files = [path for path, _ in list_images(args.predict).samples]  # shards: on every rank
     if args.rank == 0:
         classes = name_classes(trained, trained.nb_classes)
-        predict_files(model.to(args.device), list_images([args.predict]), classes, trained, out)
+        predict_files(model.to(args.device), files, classes, trained, out)
         logger.info("Predictions in %s", out)
 
 

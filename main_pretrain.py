@@ -212,7 +212,7 @@ def main(args) -> None:
     del newest  # as large as the model and its optimizer
 
     state.register_dataset(dataset)
-    data_text = f"{len(dataset)} images {dataset.origin}, {len(loader)} batches per epoch"
+    data_text = f"{len(dataset)} images {dataset.description}, {len(loader)} batches per epoch"
     log_startup_summary(args, model, lr_text, attention_backend.name, data_text)
     if args.compile:
         compile_blocks(model)

@@ -34,9 +34,9 @@ import models_vit
 from tools.measure import Clock, compare, count_flops, matmul_rate, peak_memory
 from tools.reference import reference_loss
 from util.build import find_factory
-from util.data.image_io import find_images, normalize, open_image, read_image
-from util.data.transforms import FastPretrainTransform, build_pretrain_transform
-from util.datasets import seeded
+from util.data.image_io import open_image, read_image
+from util.data.sources import find_images
+from util.data.transforms import FastPretrainTransform, build_pretrain_transform, normalize
 from util.distributed import choose_device
 from util.io.checkpoint_file import write_checkpoint
 from util.io.errors import UserError
@@ -50,6 +50,7 @@ from util.optim import (
     build_adamw,
     choose_amp_dtype,
 )
+from util.rng import seeded
 from util.run import launch as run
 from util.run.flags import IMAGENET_MEAN, IMAGENET_STD
 

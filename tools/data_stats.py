@@ -28,19 +28,17 @@ from tqdm import tqdm
 
 from util.data.image_io import (
     PIL_MODES,
-    as_file,
+    describe_error,
     is_array,
-    is_folder,
-    list_folder,
-    naming,
+    open_bytes,
+    raising_bad_image,
     read_image,
-    reason_of,
     stack_pages,
     to_tensor,
 )
 from util.data.shards import find_shards, is_shards
-from util.datasets import find_pictures
-from util.eval.inference import DEFAULT_WORKERS, list_images
+from util.data.sources import is_folder, list_folder, list_images, list_pretrain_images
+from util.eval.inference import DEFAULT_WORKERS
 from util.eval.report import imbalance_note
 from util.io.errors import BadImage, UserError
 from util.run import launch as run
@@ -90,12 +88,12 @@ def examine(path) -> Facts:
     """Open and decode one picture as training does; `path` may be a member of a shard."""
     try:
         if is_array(path):
-            with naming(path), as_file(path) as file:
+            with raising_bad_image(path), open_bytes(path) as file:
                 array = np.lib.format.read_array(file)
                 pixels = to_tensor(array, array.shape[2] if array.ndim == 3 else 1)
             header = "NPY", str(array.dtype), *reversed(array.shape[:2])
         else:
-            with naming(path), as_file(path) as file, Image.open(file) as picture:
+            with raising_bad_image(path), open_bytes(path) as file, Image.open(file) as picture:
                 header = picture.format, mode_of(picture), *picture.size
                 channels = channels_of(picture)
                 if channels not in PIL_MODES:
@@ -103,7 +101,7 @@ def examine(path) -> Facts:
             if channels in PIL_MODES:
                 pixels = read_image(path, channels)
     except BadImage as error:
-        return Facts(str(path), problem=reason_of(error.__cause__))
+        return Facts(str(path), problem=describe_error(error.__cause__))
     is_grey = len(pixels) > 1 and bool((pixels[:3] == pixels[:1]).all())
     return Facts("", "", *header, *moments(pixels), is_grey)
 
@@ -298,9 +296,9 @@ def list_part(place: Path) -> tuple[list, Counter]:
         UserError: the list or the shards cannot be used.
     """
     if place.is_dir() and not is_shards(str(place)):
-        paths = list_images([str(place)])
+        paths = [path for path, _ in list_images(place).samples]
         return paths, count_classes(place, paths)
-    _, samples, _ = find_pictures(str(place))
+    samples = list_pretrain_images(str(place)).samples
     return [path for path, _ in samples], Counter()
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
 from util.checkpoint import ENCODER_PARTS
-from util.data.transforms import CROP_SHARE
+from util.data.transforms import CROP_RATIO
 from util.io.errors import UserError
 from util.io.files import atomic_write
 from util.layers.vit import BASE, HUGE, LARGE, SMALL
@@ -121,7 +121,7 @@ def crop_share(trained) -> float:
             "Evaluation crops the side up to 224 pixels and not the longer one; the file can only "
             "say that none is cropped, so its pictures will be a little larger in view"
         )
-    return CROP_SHARE if max(sides) <= 224 else 1.0
+    return CROP_RATIO if max(sides) <= 224 else 1.0
 
 
 def timm_name_and_args(model: nn.Module) -> tuple[str, dict]:

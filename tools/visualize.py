@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from util.build import load_trained
-from util.data.image_io import find_images, open_image
+from util.data.image_io import open_image
+from util.data.sources import find_images
 from util.data.transforms import build_transform
 from util.distributed import choose_device
 from util.io.errors import CheckpointError, UserError
