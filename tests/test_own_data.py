@@ -183,7 +183,7 @@ def test_colour_augmentation_is_not_for_arrays(tmp_path):
     np.save(tmp_path / "train/a/0.npy", np.zeros((8, 8, 3), np.uint8))
     args = main_finetune.get_args_parser().parse_args(["--data_path", str(tmp_path)])
     main_finetune.check_args(args)
-    with pytest.raises(ValueError, match="--aa and --color_jitter work on 8-bit pictures"):
+    with pytest.raises(ValueError, match="--aa and --color_jitter work on 8-bit images"):
         build_dataset(True, args)
 
 
