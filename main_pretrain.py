@@ -212,7 +212,7 @@ def main(args) -> None:
     state.register_dataset(dataset, len(loader))
     clear_output_dir(args, state.epoch, state.iteration)
 
-    data_text = f"{len(dataset)} images {dataset.origin}, {len(loader)} batches per epoch"
+    data_text = f"{len(dataset)} images {dataset.description}, {len(loader)} batches per epoch"
     summary = startup_summary(args, model, lr_text, attention.name, amp_dtype, data_text)
     log_summary(args, summary)
     write_run_json(args, summary)

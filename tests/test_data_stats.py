@@ -226,8 +226,8 @@ def test_default_mean_needs_no_flag(capsys, tmp_path):
 @pytest.mark.parametrize(
     "path, more, message",
     [
-        ("nowhere", [], "Cannot read the folder .*nowhere"),
-        ("", [], "no picture in"),
+        ("nowhere", [], "Cannot read .*nowhere"),
+        ("", [], "no image in"),
         ("", ["--limit", "0"], "--limit is 0"),
         ("", ["--num_workers", "-1"], "--num_workers is -1"),
     ],

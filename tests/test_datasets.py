@@ -12,8 +12,12 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-from util.data.image_io import normalize
-from util.data.transforms import FastPretrainTransform, build_pretrain_transform, build_transform
+from util.data.transforms import (
+    FastPretrainTransform,
+    build_pretrain_transform,
+    build_transform,
+    normalize,
+)
 from util.datasets import build_dataset, build_pretrain_dataset
 
 CASE = find_case("augment", "augment")

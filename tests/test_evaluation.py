@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from util.data.sources import list_images
 from util.eval import inference as evaluation
-from util.io.errors import UserError
 
 ARGS = dict(input_size=32, in_chans=3, mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3])
 FLAGS = dict(batch_size=3, num_workers=0, device="cpu", amp="off")
@@ -16,7 +16,7 @@ FLAGS = dict(batch_size=3, num_workers=0, device="cpu", amp="off")
 
 def make_args(**changes) -> Namespace:
     args = Namespace(**(ARGS | changes))
-    evaluation.set_evaluation(args, Namespace(**FLAGS))
+    evaluation.set_inference_flags(args, Namespace(**FLAGS))
     return args
 
 
@@ -32,26 +32,16 @@ def prepared(path, mean=ARGS["mean"], std=ARGS["std"]) -> torch.Tensor:
     return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).float()
 
 
-def test_files_are_listed_in_order(image_folder, tmp_path):
-    val = image_folder / "val"
-    files = evaluation.list_images([val, str(val / "b" / "3.png")])
-    assert files == [str(p) for p in sorted(val.glob("*/*"))] + [str(val / "b" / "3.png")]
-    with pytest.raises(UserError, match="no picture in .*name another"):
-        evaluation.list_images([tmp_path])
-    with pytest.raises(UserError, match="no file or folder .*nowhere"):
-        evaluation.list_images([tmp_path / "nowhere"])
-
-
 @pytest.mark.parametrize("flag", ["batch_size", "num_workers"])
 def test_senseless_flags_are_refused(flag):
     with pytest.raises(ValueError, match=f"--{flag} is -1"):
-        evaluation.set_evaluation(Namespace(**ARGS), Namespace(**(FLAGS | {flag: -1})))
+        evaluation.set_inference_flags(Namespace(**ARGS), Namespace(**(FLAGS | {flag: -1})))
 
 
 def test_transform_in_words():
     text = evaluation.describe_transform(make_args())
-    assert "short side 36, centre crop 32 x 32, mean 0.5 0.4 0.3, std 0.2 0.25 0.3" in text
-    assert "cover 36 x 73, centre crop 32 x 64" in evaluation.describe_transform(
+    assert "short side 36, center crop 32 x 32, mean 0.5 0.4 0.3, std 0.2 0.25 0.3" in text
+    assert "cover 36 x 73, center crop 32 x 64" in evaluation.describe_transform(
         make_args(input_size=(32, 64))
     )
 
@@ -66,8 +56,8 @@ def test_features_are_those_of_timm(image_folder, tiny_vit, which):
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5
     ).eval()
     timm_model.load_state_dict(model.state_dict())
-    files = evaluation.list_images([image_folder / "val"])
-    loader = evaluation.build_files_loader(
+    files = [path for path, _ in list_images(image_folder / "val").samples]
+    loader = evaluation.build_inference_loader(
         [(file, i) for i, file in enumerate(files)], [], make_args()
     )
     parts = list(evaluation.run_features(model, loader, which, torch.device("cpu")))

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -120,12 +121,27 @@ def test_files_and_flat_folders_have_no_labels(checkpoints, image_folder, tmp_pa
     assert len(np.load(tmp_path / "both.npz")["files"]) == 16
 
 
+def test_shards(checkpoints, image_folder, tmp_path):
+    """The features of the same images in a folder; names are shard:member, without labels."""
+    file, _ = checkpoints["vit"]
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "set-0000.tar", "w") as tar:
+        for name in ("0.jpg", "1.png"):
+            tar.add(image_folder / "val" / "b" / name, name)
+    call(file, tmp_path / "shards", tmp_path / "shards.npz")
+    call(file, image_folder / "val" / "b", tmp_path / "folder.npz")
+    found, expected = (np.load(tmp_path / f"{name}.npz") for name in ("shards", "folder"))
+    assert found["files"].tolist() == ["set-0000.tar:0.jpg", "set-0000.tar:1.png"]
+    assert "labels" not in found
+    np.testing.assert_allclose(found["features"], expected["features"][:2], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "data, out, sentence",
     [
         ("val", "f.csv", "must end in .npz, or in .npy"),
         ("", "f.npz", "holds train and val: name the one you want"),
-        ("nothing", "f.npz", "no file or folder"),
+        ("nothing", "f.npz", "Cannot read .*nothing .No such file"),
         ("val", "", "Cannot write .*it is a folder"),
     ],
 )
@@ -163,5 +179,5 @@ def test_command_line(image_folder, tmp_path):
     command += ["--num_workers", "1", "--device", "cpu"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == "" and "8 pictures of 2 classes" in result.stdout
+    assert result.stderr == "" and "8 images of 2 classes" in result.stdout
     assert np.load(tmp_path / "f.npz")["features"].shape == (8, 128)

@@ -1,10 +1,7 @@
-"""Pictures of every awkward kind, the fast chain against the recipe's, and the search for files."""
+"""Unusual and damaged images, and the fast pipeline against the recipe's."""
 
 import io
-import os
-import re
 import struct
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,9 +11,14 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from util.data.image_io import find_classes, find_images, normalize, open_image, read_image
-from util.data.transforms import FastPretrainTransform, build_pretrain_transform, build_transform
-from util.io.errors import BadImage, UserError
+from util.data.image_io import open_image, read_image
+from util.data.transforms import (
+    FastPretrainTransform,
+    build_pretrain_transform,
+    build_transform,
+    normalize,
+)
+from util.io.errors import BadImage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RANDOM = np.random.RandomState(0)
@@ -255,44 +257,3 @@ def test_normalize_equals_the_recipe():
     batch = transforms.functional.pil_to_tensor(image)[None]
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     assert (normalize(batch, mean, std)[0] - chain(image)).abs().max() <= 1e-6
-
-
-def test_search_passes_over_what_is_no_picture(tmp_path):
-    """Hidden entries, other files, loops of links; a dangling link counts as a bad picture."""
-    for name in ("b/2.JPG", "b/1.png", "a.tiff", ".hidden.png", ".git/x.png", "b/._1.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "notes.txt").touch()
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "b" / "up").symlink_to(tmp_path)
-    (tmp_path / "self").symlink_to(tmp_path / "self")
-    (tmp_path / "z.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    found = [os.path.relpath(path, tmp_path) for path in find_images(tmp_path)]
-    assert found == ["a.tiff", "z.jpg", "b/1.png", "b/2.JPG"]
-    assert find_classes(tmp_path) == ["b", "folder.png"]
-
-
-@pytest.fixture
-def locked_folder():
-    """A folder that its reader has no right to read."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name, "data")
-        (folder / "cat").mkdir(parents=True)
-        for path in (Path(name), folder):
-            path.chmod(0o755)
-        (folder / "cat").chmod(0)
-        is_root = os.geteuid() == 0
-        if is_root:
-            os.seteuid(65534)  # root may read everything
-        yield folder / "cat"
-        if is_root:
-            os.seteuid(0)
-        (folder / "cat").chmod(0o755)
-
-
-def test_an_unreadable_folder_is_named(locked_folder):
-    message = f"Cannot read the folder {re.escape(str(locked_folder))} .Permission denied"
-    with pytest.raises(UserError, match=message):
-        list(find_images(locked_folder.parent))
-    with pytest.raises(UserError, match=message):
-        find_classes(locked_folder)

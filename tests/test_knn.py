@@ -32,7 +32,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 def naive_accuracy(train, val, k: int, temperature: float) -> tuple[float, float]:
-    """The definition: sort all training pictures, add up the votes, look for the label."""
+    """The definition: sort all training images, add up the votes, look for the label."""
     right1 = right5 = 0
     for query, label in zip(*(x.tolist() for x in val), strict=True):
         near = [(cosine(query, row), owner) for row, owner in zip(*train, strict=True)]
@@ -91,8 +91,8 @@ def test_a_class_without_a_vote_is_no_guess():
 
 def test_too_many_neighbours(caplog):
     assert knn.choose_ks([100, 5, 1, 5], 20) == [1, 5]
-    assert "Left out k = 100: there are 20 training pictures" in caplog.text
-    with pytest.raises(ValueError, match="--k 25 30 does not fit 20 training pictures"):
+    assert "Left out k = 100: there are 20 training images" in caplog.text
+    with pytest.raises(ValueError, match="--k 25 30 does not fit 20 training images"):
         knn.choose_ks([25, 30], 20)
     with pytest.raises(ValueError, match="--k holds 0"):
         knn.choose_ks([0, 3], 20)
@@ -114,7 +114,7 @@ def write_data(folder: Path, splits: dict[str, list[str]], count: int = 4) -> No
 def test_different_classes_are_refused(tmp_path):
     write_data(tmp_path, {"train": ["red", "green"], "val": ["red", "blue"]}, count=1)
     with pytest.raises(ValueError, match=r"different class folders \(such as blue, green\)"):
-        knn.find_split(str(tmp_path))
+        knn.list_splits(str(tmp_path))
 
 
 @pytest.mark.parametrize("temperature", ["0", "-1"])

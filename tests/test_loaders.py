@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 import util.data.loaders
 from engine_pretrain import train_one_epoch
 from util.data.loaders import (
-    EvalBatches,
-    TrainBatches,
+    EvalBatchSampler,
+    TrainBatchSampler,
     build_eval_loader,
     build_loader,
     build_train_loader,
@@ -65,7 +65,7 @@ def test_processes_share_an_epoch(world_size, batch_size, monkeypatch):
         drawn = []
         for rank in range(world_size):
             monkeypatch.setattr(util.data.loaders, "get_rank", lambda rank=rank: rank)
-            batches = TrainBatches(47, batch_size, seed=3)
+            batches = TrainBatchSampler(47, batch_size, seed=3)
             batches.set_epoch(epoch)
             assert len(list(batches)) == len(batches) == 47 // world_size // batch_size
             assert all(len(batch) == batch_size for batch in batches)
@@ -76,15 +76,15 @@ def test_processes_share_an_epoch(world_size, batch_size, monkeypatch):
 
 
 def test_an_epoch_goes_on_where_it_was_left():
-    batches = TrainBatches(47, 4, seed=3)
+    batches = TrainBatchSampler(47, 4, seed=3)
     batches.set_epoch(2)
     whole = list(batches)
-    batches.set_epoch(2, first=7)
+    batches.set_epoch(2, first_batch=7)
     assert list(batches) == whole[7:] and len(batches) == len(whole) == 11
 
 
 def test_evaluation_takes_every_picture_once():
-    parts = [EvalBatches(23, 4, part, 3) for part in range(3)]
+    parts = [EvalBatchSampler(23, 4, part, 3) for part in range(3)]
     assert [len(part) for part in parts] == [len(list(part)) for part in parts] == [2, 2, 2]
     assert sorted(n for part in parts for batch in part for _, n in batch) == list(range(23))
 
@@ -171,7 +171,7 @@ def test_long_lists_are_shortened(pictures, caplog):
 def test_too_many_bad_pictures_stop_training_all_the_same(pictures):
     paths = spoil(pictures, *range(3, 3 + MAX_ATTEMPTS))
     args = settings(pictures, skip_bad_images=True)
-    with pytest.raises(BadImage, match=f"{MAX_ATTEMPTS} pictures in a row.*{paths[-1]}"):
+    with pytest.raises(BadImage, match=f"{MAX_ATTEMPTS} images in a row.*{paths[-1]}"):
         list(build_train_loader(build_pretrain_dataset(args), args))
 
 
@@ -212,7 +212,7 @@ def test_a_slow_data_set_is_named_with_the_remedy(seconds, waits, tiny_cross, ca
     args = settings("", lr=0.1, min_lr=0.1, warmup_epochs=0, epochs=1)
     args.mask_ratio, args.kept_mask_ratio = 0.75, 0.5
     model = tiny_cross()
-    loader = build_loader(Slow(seconds), TrainBatches(16, 4, 0), args)
+    loader = build_loader(Slow(seconds), TrainBatchSampler(16, 4, 0), args)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = NativeScalerWithGradNormCount()
     train_one_epoch(model, loader, optimizer, args.device, 0, scaler, args=args)
@@ -220,3 +220,37 @@ def test_a_slow_data_set_is_named_with_the_remedy(seconds, waits, tiny_cross, ca
     assert len(hints) == waits
     (share,) = re.findall(r"waited for data (\d+) %", caplog.text)
     assert (int(share) > 30) is waits
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("name", ["two\nlines.png", "BadImage: .png", "bell\x07\udcff.png"])
+def test_errors_of_workers_arrive_unchanged(name, num_workers, tmp_path):
+    """The type and the message as raised, in one line; the worker's traceback is a note."""
+    (tmp_path / name).write_bytes(b"")
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    args = settings(tmp_path, num_workers=num_workers, batch_size=2)
+    with pytest.raises(BadImage) as caught:
+        list(build_train_loader(build_pretrain_dataset(args), args))
+    shown = name.replace("\n", r"\n").replace("\x07", r"\x07").replace("\udcff", r"\udcff")
+    assert str(caught.value).startswith(f"Cannot read the image {tmp_path}/{shown} (empty, or ")
+    assert str(caught.value).endswith("(training with --skip_bad_images skips it).")
+    assert ("in load\n" in "".join(getattr(caught.value, "__notes__", []))) is (num_workers > 0)
+
+
+class Broken(Dataset):
+    def __getitem__(self, key):
+        raise RuntimeError("a bug")
+
+
+def test_other_errors_keep_the_workers_traceback():
+    args = settings("", num_workers=1)
+    with pytest.raises(RuntimeError, match="(?s)Caught RuntimeError in DataLoader.*a bug"):
+        list(build_loader(Broken(), TrainBatchSampler(8, 4, 0), args))
+
+
+def test_paths_of_replaced_images_are_shown_in_one_line(tmp_path, caplog):
+    (tmp_path / "two\nlines.png").write_bytes(b"")
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    args = settings(tmp_path, skip_bad_images=True, batch_size=2)
+    list(build_train_loader(build_pretrain_dataset(args), args))
+    assert caplog.messages[0].endswith(rf"by others: {tmp_path}/two\nlines.png")

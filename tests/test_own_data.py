@@ -18,7 +18,8 @@ from processes import warm
 
 import main_finetune
 import main_pretrain
-from util.datasets import build_dataset, build_pretrain_dataset, find_pictures
+from util.data.sources import list_pretrain_images
+from util.datasets import build_dataset, build_pretrain_dataset
 from util.io.errors import BadImage
 from util.run.checks import set_mean_std
 from util.run.launch import launch
@@ -91,7 +92,7 @@ def test_layouts(layout, capsys, tmp_path):
     assert f"3 images {FOUND[layout].format(data=data)}, 1 batches per epoch" in text
     names = torch.load(out / "checkpoint.pth", weights_only=True)["class_names"]
     assert names == ["cat", "dog"][:num_classes]
-    labels = [label for _, label in find_pictures(str(data))[1]]
+    labels = [label for _, label in list_pretrain_images(str(data)).samples]
     assert labels == ([0, 0, 1] if num_classes else [0, 0, 0])
 
 
@@ -184,7 +185,7 @@ def test_colour_augmentation_is_not_for_arrays(tmp_path):
     args = main_finetune.get_args_parser().parse_args(["--data_path", str(tmp_path)])
     main_finetune.check_args(args)
     set_mean_std(args)
-    with pytest.raises(ValueError, match="--aa and --color_jitter work on 8-bit pictures"):
+    with pytest.raises(ValueError, match="--aa and --color_jitter work on 8-bit images"):
         build_dataset(True, args)
 
 
@@ -241,15 +242,15 @@ def a_file_of_bytes(folder: Path) -> None:
 
 
 PRETRAIN_MISTAKES = [
-    (nothing, "nowhere", "Cannot read the folder .*/nowhere .No such file"),
-    (nothing, "", "There is no picture in .*; --data_path must name"),
+    (nothing, "nowhere", "Cannot read .*/nowhere .No such file.*check the path"),
+    (nothing, "", "There is no image in .*; name a folder of images, a list"),
     (only_val, "", "There is val/ but no train/ in "),
-    (an_empty_class, "", "no picture in the class folder .*/train/dog; add some or remove it"),
+    (an_empty_class, "", "no image in the class folder .*/train/dog; add some or remove it"),
     (a_hidden_class, "", "no class folder in .*/train"),
     (only_train, "", "1 training images give 0 batches per epoch"),
     (pictures_in_loops, "", "2 training images give 0 batches .*--batch_size 64"),
     (a_list_of(), "list.txt", "There is no line in the list .*/list.txt"),
-    (a_list_of("a.png", "b.csv"), "list.txt", "holds 'b.csv', which is no picture"),
+    (a_list_of("a.png", "b.csv"), "list.txt", "holds 'b.csv', not an image"),
     (a_list_of("a.png", "b.png"), "list.txt", "Cannot read the image .*/[ab].png .No such file"),
     (a_file_of_bytes, "list.txt", "list.txt is neither a folder nor a text file"),
 ]
@@ -268,7 +269,7 @@ def test_pretraining_says_what_is_wrong(arrange, name, sentence, capsys, tmp_pat
 FINETUNE_MISTAKES = [
     (nothing, [], "Cannot read the folder .*/train .No such file.*must name a folder that holds"),
     (only_train, [], "Cannot read the folder .*/val "),
-    (an_empty_class, [], "no picture in the class folder .*/train/dog; add some or remove it"),
+    (an_empty_class, [], "no image in the class folder .*/train/dog; add some or remove it"),
     (other_classes, [], "have different class folders .such as cat, dog"),
     (two_classes, ["--nb_classes", "3"], "--nb_classes is 3 but .* has 2 class folders"),
     (two_classes, ["--batch_size", "64"], "2 training images give 0 batches"),
@@ -312,7 +313,7 @@ def test_no_picture_is_looked_at_before_it_is_used(monkeypatch, tmp_path):
     scandir, stat = os.scandir, os.stat
     monkeypatch.setattr(os, "scandir", lambda path: opened.append(Path(path).name) or scandir(path))
     monkeypatch.setattr(os, "stat", lambda *a, **k: looked_at.append(str(a[0])) or stat(*a, **k))
-    find_pictures(str(tmp_path))
+    list_pretrain_images(str(tmp_path))
     assert sorted(opened) == ["cat", "dog", "train", "train"]
     assert not [path for path in looked_at if path.endswith(".png")]
 

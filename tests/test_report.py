@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from test_evaluation import make_args, prepared
 
+from util.data.sources import list_images
 from util.eval import report
-from util.eval.inference import list_images
 from util.vis.confusion import draw_confusion
 from util.vis.figures import figure_to_array
 
@@ -25,7 +25,7 @@ def read_csv(path) -> list[list[str]]:
 def test_predictions(image_folder, tiny_vit, tmp_path):
     """Every row against a softmax written out; the five most probable of six classes."""
     model, classes = tiny_vit(num_classes=6), ["ant", "bee", "cat", "dog", "elk, big", "fly"]
-    files = list_images([image_folder / "val"])
+    files = [path for path, _ in list_images(image_folder / "val").samples]
     report.predict_files(model, files, classes, make_args(), tmp_path / "predictions.csv")
     head, *rows = read_csv(tmp_path / "predictions.csv")
     assert head[:5] == ["file", "class", "probability", "class_2", "probability_2"]
@@ -41,7 +41,7 @@ def test_predictions(image_folder, tiny_vit, tmp_path):
 
 
 def test_predictions_of_few_classes_have_fewer_columns(image_folder, tiny_vit, tmp_path):
-    files = list_images([image_folder / "val"])
+    files = [path for path, _ in list_images(image_folder / "val").samples]
     names = report.name_classes(Namespace(class_names=[]), 2)
     report.predict_files(tiny_vit(num_classes=2), files, names, make_args(), tmp_path / "p.csv")
     head, *rows = read_csv(tmp_path / "p.csv")

@@ -15,7 +15,8 @@ from processes import PRETRAIN, read_log, warm
 from util.data.image_io import open_image
 from util.data.loaders import build_train_loader
 from util.data.shards import expand, read_shards
-from util.datasets import build_pretrain_dataset, find_pictures
+from util.data.sources import list_pretrain_images
+from util.datasets import build_pretrain_dataset
 from util.io.errors import BadImage, UserError
 
 COUNT = 22  # pictures
@@ -64,8 +65,8 @@ def settings(path, **changes) -> Namespace:
 def test_every_picture_is_found(folders):
     """The bytes of each member are those of its file; hidden and other members do not count."""
     plain, shards = folders
-    classes, samples, origin = find_pictures(str(shards))
-    assert classes == [] and origin == f"in 3 shards of {shards}"
+    samples, classes, description = list_pretrain_images(str(shards))
+    assert classes == [] and description == f"in 3 shards of {shards}"
     files = sorted(plain.iterdir())
     assert len(samples) == COUNT
     for file, (member, label) in zip(files, samples, strict=True):
@@ -77,7 +78,7 @@ def test_patterns_and_folders_mean_the_same(folders, tmp_path):
     _, shards = folders
     whole = read_shards(str(shards))
     (tmp_path / "train").symlink_to(shards)
-    _, below_train, _ = find_pictures(str(tmp_path))
+    below_train = list_pretrain_images(str(tmp_path)).samples
     for other in (read_shards(f"{shards}/set-{{0000..0002}}.tar"), below_train):
         assert np.array_equal(other.index, whole.index)
     assert len(read_shards(f"{shards}/set-0001.tar")) == 12
@@ -182,10 +183,10 @@ def test_a_damaged_shard_is_named(damage, folders, tmp_path):
         ("https://host/set-{0000..0003}.tar", "is not on a disk; copy the shards, or mount"),
         ("pipe:cat set-0000.tar", "is not on a disk"),
         ("s3://bucket/set-0000.tar", "is not on a disk"),
-        ("{tmp}/set-0000.tar.gz", "is packed.*unpack it"),
+        ("{tmp}/set-0000.tar.gz", "is compressed.*unpack it"),
         ("{tmp}/set-{{0000..0002}}.tar", r"no file .*set-0001.tar \(2 of 3 shards are missing\)"),
-        ("{tmp}", "several kinds .set, validation.; name those to train on"),
-        ("{tmp}/validation-0.tar", "no picture in the 1 shards"),
+        ("{tmp}", "several kinds .set, validation.; name those to use"),
+        ("{tmp}/validation-0.tar", "no image in the 1 shards"),
     ],
 )
 def test_mistakes_end_in_a_sentence(pattern, sentence, tmp_path):
@@ -194,7 +195,7 @@ def test_mistakes_end_in_a_sentence(pattern, sentence, tmp_path):
             add(tar, "notes.txt", b"no picture")
     path = pattern if "://" in pattern or "pipe" in pattern else pattern.format(tmp=tmp_path)
     with pytest.raises(UserError, match=sentence):
-        find_pictures(path)
+        list_pretrain_images(path)
 
 
 def test_tar_files_beside_pictures_are_refused(image_folder, tmp_path):
@@ -203,5 +204,5 @@ def test_tar_files_beside_pictures_are_refused(image_folder, tmp_path):
     place = next((tmp_path / "data").glob("train"), tmp_path / "data")
     with tarfile.open(place / "backup.tar", "w") as tar:
         add(tar, "a.png", b"")
-    with pytest.raises(ValueError, match="holds tar files and pictures"):
-        find_pictures(str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="holds tar files and images"):
+        list_pretrain_images(str(tmp_path / "data"))

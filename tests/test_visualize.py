@@ -632,17 +632,16 @@ def test_refusals_before_anything_is_read(tmp_path):
 
 
 def test_choice_of_images(tmp_path, image_folder):
-    everything = visualize.choose_images([str(image_folder)], 99)
+    args = options_of(input_size=32, in_chans=3, mean=[0.5] * 3, std=[0.5] * 3)
+    everything = visualize.load_images([str(image_folder)], 99, args)
     assert len(everything) == 16
-    assert visualize.choose_images([str(image_folder)], 4) == everything[::4]
-    one = everything[5]
-    assert visualize.choose_images([one], 8) == [one]
-    with pytest.raises(UserError, match="no file or folder"):
-        visualize.choose_images([str(tmp_path / "none")], 8)
-    with pytest.raises(UserError, match="no image"):
-        visualize.choose_images([str(tmp_path)], 8)
-    with pytest.raises(ValueError, match="--images"):
-        visualize.choose_images([], 8)
+    assert visualize.load_images([str(image_folder)], 4, args).equal(everything[::4])
+    with pytest.raises(UserError, match="There is no image in"):
+        visualize.load_images([str(tmp_path)], 8, args)
+    with pytest.raises(UserError, match="--images"):
+        draw("--checkpoint", "none", "--out", "x.png")
+    with pytest.raises(UserError, match="--num_images is 0; it must be at least 1"):
+        draw("--checkpoint", "none", "--out", "x.png", "--images", "x", "--num_images", 0)
 
 
 # TensorBoard.

@@ -37,8 +37,9 @@ from tools.benchmark_step import (
 from tools.measure import Timer, compare, count_flops, peak_memory
 from tools.timm_model import to_timm
 from util.build import find_factory
-from util.data.image_io import find_images, normalize, open_image, read_image
-from util.data.transforms import FastPretrainTransform, build_pretrain_transform
+from util.data.image_io import open_image, read_image
+from util.data.sources import find_images
+from util.data.transforms import FastPretrainTransform, build_pretrain_transform, normalize
 from util.distributed import choose_device
 from util.io.checkpoint_file import write_checkpoint
 from util.io.errors import UserError

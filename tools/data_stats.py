@@ -19,11 +19,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from util.data.image_io import is_folder, list_folder
-from util.data.shards import find_shards, is_shards
+from util.data.sources import evenly_spaced, is_folder, list_folder, list_images
 from util.data.stats import ImageStats, channel_mean_std, inspect, with_main_channels
-from util.datasets import find_pictures
-from util.eval.inference import DEFAULT_WORKERS, list_images
+from util.eval.inference import DEFAULT_WORKERS
 from util.eval.report import imbalance_note
 from util.io.errors import UserError
 from util.run.launch import launch
@@ -39,29 +37,18 @@ SIZES = [  # (shorter side is below, input size, patch size, model without its p
 ]
 
 
-def evenly_spaced(items: list, count: int | None) -> list:
-    """At most `count` of the items, from all parts of the list."""
-    if count is None or count >= len(items):
-        return items
-    return [items[i * len(items) // count] for i in range(count)]
-
-
 def list_part(place: Path) -> tuple[list, Counter]:
     """Images of a folder, list or shards, and the images in each class folder, if there are any.
 
     Raises:
         UserError: the place does not exist, has no image, or its list or shards are invalid.
     """
-    if not place.is_dir() or is_shards(str(place)):
-        _, samples, _ = find_pictures(str(place))
-        return [path for path, _ in samples], Counter()
-    paths = list_images([str(place)])
-    parts = [Path(path).relative_to(place).parts for path in paths]
-    if any(len(names) == 1 for names in parts):
-        return paths, Counter()
-    counts = Counter({entry.name: 0 for entry in list_folder(place) if is_folder(entry)})
-    counts.update(names[0] for names in parts)
-    return paths, counts
+    images = list_images(place)
+    counts = Counter()
+    if images.classes:
+        counts.update({entry.name: 0 for entry in list_folder(place) if is_folder(entry)})
+        counts.update(images.classes[label] for _, label in images.samples)
+    return [path for path, _ in images.samples], counts
 
 
 def show(name: str, text) -> None:
@@ -78,7 +65,7 @@ def show_part(place: Path, args) -> tuple[list[ImageStats], Counter, int]:
     print(f"{place}: {len(paths)} images")
     if class_counts:
         show_classes(class_counts)
-    chosen = evenly_spaced(paths, args.limit)
+    chosen = evenly_spaced(paths, args.limit or len(paths))
     if len(chosen) < len(paths):
         show("opened", f"{len(chosen)} of them, evenly spaced; all that follows is about these")
     loader = DataLoader(chosen, batch_size=None, num_workers=args.num_workers, collate_fn=inspect)
@@ -205,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
     if args.num_workers < 0:
         raise UserError(f"--num_workers is {args.num_workers}; it must not be negative.")
     if "://" in args.path:
-        find_shards(args.path)  # raises: Path would turn "://" into ":/"
+        list_images(args.path)  # raises: Path would turn "://" into ":/"
     place = Path(args.path)
     parts = [place / name for name in ("train", "val") if (place / name).is_dir()] or [place]
     shown = [show_part(part, args) for part in parts]

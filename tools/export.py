@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tools.timm_model import to_timm
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
-from util.data.transforms import CROP_SHARE
+from util.data.transforms import CROP_RATIO
 from util.io.errors import UserError
 from util.io.files import atomic_write
 from util.run.launch import launch
@@ -98,7 +98,7 @@ def crop_ratio(trained) -> float:
             "Evaluation crops only the side of up to 224 pixels; the exported crop ratio holds for "
             "both sides and is set to 1, so other software keeps a little more of each image"
         )
-    return CROP_SHARE if max(sides) <= 224 else 1.0
+    return CROP_RATIO if max(sides) <= 224 else 1.0
 
 
 def write_safetensors(model: nn.Module, trained, args) -> None:

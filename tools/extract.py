@@ -1,35 +1,34 @@
-"""Features of pictures from a checkpoint, with nothing masked: cls, mean or patches.
+"""Features of images from a checkpoint, with nothing masked: cls, mean or patches.
 
     python -m tools.extract --checkpoint C --data FOLDER --out features.npz
 
-Pictures are prepared as the checkpoint's own evaluation does it. OUT decides the form:
+Images go through the checkpoint's evaluation transform. The name of OUT decides the format:
 
     features.npz    features (N, D), or (N, L, D) for patches, float32; files (N,); which; and,
                     where the folder has class folders, labels (N,) and classes (K,)
     features.npy    features alone, written batch by batch, to be opened with
-                    np.load(..., mmap_mode="r"); the names, one a line, in features.txt
+                    np.load(..., mmap_mode="r"); file names, one a line, in features.txt
 
-Letters: N images, L patches, D encoder width, K classes.
+Shapes: N images, L patches, D encoder width, K classes.
 """
 
 import argparse
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from util.build import load_trained
+from util.data.sources import ImageList, list_images, path_below
 from util.eval.inference import (
     FEATURES,
-    add_evaluation_flags,
-    build_files_loader,
+    add_inference_flags,
+    build_inference_loader,
     default_feature,
     describe_transform,
-    list_images,
     run_features,
-    set_evaluation,
+    set_inference_flags,
 )
 from util.io.errors import UserError
 from util.io.files import atomic_write
@@ -40,18 +39,9 @@ logger = logging.getLogger(__name__)
 SPLITS = {"train", "val", "test"}
 
 
-class Pictures(NamedTuple):
-    """What to extract from."""
-
-    paths: list[str]
-    names: list[str]  # as they are written: below the folder, if one was named
-    labels: list[int]  # class numbers; zeros without classes
-    classes: list[str]  # empty without class folders
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tools.extract", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, nargs="+", help="a folder, list or pictures")
+    parser.add_argument("--data", required=True, nargs="+", help="folder, list, shards or images")
     parser.add_argument(
         "--out", required=True, type=Path, help="features.npz, or features.npy for large sets"
     )
@@ -61,35 +51,37 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="class token, mean of the patches, or every patch (default: what the model's head "
         "reads; of a pre-training checkpoint cls)",
     )
-    add_evaluation_flags(parser)
+    add_inference_flags(parser)
     return parser
 
 
-def find_pictures(sources: list[str]) -> Pictures:
-    """The pictures named; with labels if it is one folder that holds class folders only.
+def list_labelled(sources: list[str]) -> ImageList:
+    """The images named; with labels if it is one folder that holds class folders only.
 
     Raises:
         UserError: there are none.
-        UserError: the folder is a whole data set, so that train and val would count as classes.
+        UserError: the folder is a whole dataset, so that train and val would count as classes.
     """
-    paths = list_images(sources)
-    if len(sources) > 1 or not os.path.isdir(sources[0]):
-        return Pictures(paths, paths, [0] * len(paths), [])
-    names = [os.path.relpath(path, sources[0]).replace(os.sep, "/") for path in paths]
-    tops = [name.split("/")[0] if "/" in name else "" for name in names]
-    classes = sorted(set(tops))
-    if "" in classes:
-        return Pictures(paths, names, [0] * len(paths), [])
-    if set(classes) <= SPLITS:
+    images = list_images(*sources)
+    if images.classes and set(images.classes) <= SPLITS:
         raise UserError(
-            f"{sources[0]} holds {' and '.join(classes)}: name the one you want, "
-            f"--data {os.path.join(sources[0], classes[0])}, or several for all without labels."
+            f"{sources[0]} holds {' and '.join(images.classes)}: name the one you want, "
+            f"--data {os.path.join(sources[0], images.classes[0])}, or several for all without "
+            "labels."
         )
-    numbers = {name: number for number, name in enumerate(classes)}
-    return Pictures(paths, names, [numbers[top] for top in tops], classes)
+    return images
 
 
-def write_npz(path: Path, batches, shape: tuple[int, ...], pictures: Pictures, which: str) -> None:
+def name_images(samples, sources: list[str]) -> list[str]:
+    """Names to write: paths, below the folder if it is the only source."""
+    if len(sources) == 1 and os.path.isdir(sources[0]):
+        return ["/".join(path_below(str(path), sources[0])) for path, _ in samples]
+    return [str(path) for path, _ in samples]
+
+
+def write_npz(
+    path: Path, batches, shape: tuple[int, ...], images: ImageList, names: list[str], which: str
+) -> None:
     """Collect the batches and write features.npz."""
     with atomic_write(path) as tmp_path:
         features = np.empty(shape, np.float32)
@@ -97,20 +89,21 @@ def write_npz(path: Path, batches, shape: tuple[int, ...], pictures: Pictures, w
         for batch, _ in batches:
             features[done : done + len(batch)] = batch.cpu().numpy()
             done += len(batch)
-        entries = dict(features=features, files=np.array(pictures.names), which=np.array(which))
-        if pictures.classes:
-            entries |= dict(labels=np.array(pictures.labels), classes=np.array(pictures.classes))
+        entries = dict(features=features, files=np.array(names), which=np.array(which))
+        if images.classes:
+            labels = [label for _, label in images.samples]
+            entries |= dict(labels=np.array(labels), classes=np.array(images.classes))
         np.savez(tmp_path, **entries)
 
 
-def write_npy(path: Path, batches, shape: tuple[int, ...], pictures: Pictures) -> None:
-    """Write features.npy batch by batch, so that memory does not grow, and features.txt."""
+def write_npy(path: Path, batches, shape: tuple[int, ...], names: list[str]) -> None:
+    """Write features.npy batch by batch, in constant memory, and features.txt."""
     header = dict(descr="<f4", fortran_order=False, shape=shape)
     with (
         atomic_write(path) as tmp_path,
         atomic_write(path.with_suffix(".txt")) as tmp_names,
     ):
-        tmp_names.write_text("".join(f"{name}\n" for name in pictures.names), encoding="utf-8")
+        tmp_names.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         with open(tmp_path, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for batch, _ in batches:
@@ -125,24 +118,24 @@ def main(args: argparse.Namespace) -> None:
     """
     if args.out.suffix not in (".npz", ".npy"):
         raise UserError(f"--out {args.out} must end in .npz, or in .npy for large sets.")
-    pictures = find_pictures(args.data)
+    images = list_labelled(args.data)
     model, trained = load_trained(args.checkpoint, model=args.model)
-    set_evaluation(trained, args)
+    set_inference_flags(trained, args)
     which = args.which or default_feature(model)
     model.to(trained.device)
 
-    samples = list(zip(pictures.paths, pictures.labels, strict=True))
-    loader = build_files_loader(samples, pictures.classes, trained)
-    shape = (len(samples), model.embed_dim)
+    loader = build_inference_loader(images.samples, images.classes, trained)
+    names = name_images(images.samples, args.data)
+    shape = (len(names), model.embed_dim)
     if which == "patches":
-        shape = (len(samples), model.patch_embed.num_patches, model.embed_dim)
-    classes = f" of {len(pictures.classes)} classes" if pictures.classes else ", no labels"
-    logger.info("%d pictures%s; %s", len(samples), classes, describe_transform(trained))
+        shape = (len(names), model.patch_embed.num_patches, model.embed_dim)
+    classes = f" of {len(images.classes)} classes" if images.classes else ", no labels"
+    logger.info("%d images%s; %s", len(names), classes, describe_transform(trained))
     batches = run_features(model, loader, which, trained.device, trained.amp, "extract")
     if args.out.suffix == ".npz":
-        write_npz(args.out, batches, shape, pictures, which)
+        write_npz(args.out, batches, shape, images, names, which)
     else:
-        write_npy(args.out, batches, shape, pictures)
+        write_npy(args.out, batches, shape, names)
     logger.info("Wrote %s features %s of %s to %s", which, shape, trained.model, args.out)
 
 

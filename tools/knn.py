@@ -1,12 +1,12 @@
-"""k-nearest-neighbour accuracy of frozen features: how good they are before any training on them.
+"""k-nearest-neighbor accuracy of frozen features.
 
     python -m tools.knn --checkpoint C --data_path DIR
 
-Every picture of DIR/val is given the class that its k nearest pictures of DIR/train (by cosine)
-vote for, each with weight exp(similarity / T), as in DINO (arXiv 2104.14294). Both folders go
-through the evaluation transform. A class without a vote is no guess.
+Every image of DIR/val is assigned the class that its k nearest images of DIR/train (by cosine
+similarity) vote for, each with weight exp(similarity / T), as in DINO (arXiv 2104.14294). Both
+folders go through the evaluation transform. A class without a vote is not a prediction.
 
-Letters: B query images, M training images, D encoder width, K classes, k neighbours.
+Shapes: B query images, M training images, D encoder width, K classes, k neighbours.
 """
 
 import argparse
@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.build import load_trained
-from util.datasets import check_same_classes, list_classes
+from util.data.sources import check_same_classes, list_classes
 from util.eval.inference import (
-    add_evaluation_flags,
-    build_files_loader,
+    add_inference_flags,
+    build_inference_loader,
     default_feature,
     describe_transform,
     run_features,
-    set_evaluation,
+    set_inference_flags,
 )
 from util.eval.report import few_classes_note
 from util.io.errors import UserError
@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         default=[1, 5, 10, 20, 100],
-        help="numbers of neighbours to try (default: 1 5 10 20 100)",
+        help="numbers of neighbors (default: 1 5 10 20 100)",
     )
     parser.add_argument(
         "--temperature", type=float, default=0.07, help="T of the vote (default: 0.07)"
@@ -60,15 +60,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", action="store_true", help="end with all results as one line of JSON"
     )
-    add_evaluation_flags(parser, batch_size=256)
+    add_inference_flags(parser, batch_size=256)
     return parser
 
 
 def find_nearest(queries: Tensor, bank: Tensor, count: int, chunk: int = CHUNK):
     """The `count` nearest rows of bank (M, D) to each of queries (B, D), the nearest first.
 
-    All rows have length 1. Returns similarities (B, count) and row numbers (B, count); at no time
-    more than B x chunk similarities are held.
+    All rows have length 1. Returns similarities (B, count) and row indices (B, count); at most
+    B x chunk similarities are held at a time.
     """
     near = queries.new_empty(len(queries), 0)
     ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
@@ -83,7 +83,7 @@ def find_nearest(queries: Tensor, bank: Tensor, count: int, chunk: int = CHUNK):
 
 
 def vote(near: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """Scores (B, K) from similarities (B, k), the nearest first, and neighbours' labels (B, k).
+    """Scores (B, K) from similarities (B, k), the nearest first, and neighbors' labels (B, k).
 
     exp(similarity / T), relative to the nearest so that no temperature overflows.
     """
@@ -93,10 +93,10 @@ def vote(near: Tensor, labels: Tensor, num_classes: int, temperature: float) -> 
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Number right among the first and the first five guesses (2,), scores (B, K)."""
+    """Correct top-1 and top-5 predictions (2,) of scores (B, K)."""
     best = scores.topk(min(5, scores.shape[1]), dim=1)
-    right = (best.indices == labels.unsqueeze(1)) & (best.values > 0)
-    return torch.stack([right[:, 0].sum(), right.sum()])
+    correct = (best.indices == labels.unsqueeze(1)) & (best.values > 0)
+    return torch.stack([correct[:, 0].sum(), correct.sum()])
 
 
 def measure_knn(
@@ -123,62 +123,61 @@ def measure_knn(
             scores = vote(near[:, :k], voters[:, :k], num_classes, temperature)
             correct[k] = correct[k] + count_correct(scores, labels)
         total += len(labels)
-    return {k: tuple(100 * right / total for right in correct[k].tolist()) for k in ks}
+    return {k: tuple(100 * count / total for count in correct[k].tolist()) for k in ks}
 
 
 def choose_ks(ks: list[int], num_train: int) -> list[int]:
-    """Those k that there are training pictures for, ascending.
+    """The k that are at most the number of training images, ascending.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one is below 1.
     """
     if min(ks) < 1:
         raise UserError(f"--k holds {min(ks)}; it must be at least 1.")
-    possible = sorted({k for k in ks if 1 <= k <= num_train})
+    possible = sorted({k for k in ks if k <= num_train})
     left_out = sorted(set(ks) - set(possible))
     if not possible:
         raise UserError(
-            f"--k {' '.join(map(str, ks))} does not fit {num_train} training pictures; "
+            f"--k {' '.join(map(str, ks))} does not fit {num_train} training images; "
             f"choose from 1 to {num_train}."
         )
     if left_out:
         names = ", ".join(map(str, left_out))
-        logger.warning("Left out k = %s: there are %d training pictures", names, num_train)
+        logger.warning("Left out k = %s: there are %d training images", names, num_train)
     return possible
 
 
-def find_split(data_path: str) -> tuple[list[str], list, list]:
-    """Class names, and (path, class number) of train/ and of val/.
+def list_splits(data_path: str) -> tuple[list[str], list, list]:
+    """Class names, and (path, class index) of train/ and of val/.
 
     Raises:
         UserError: one of them is missing or has an empty class.
         UserError: they have different classes.
     """
-    classes, train = list_classes(Path(data_path, "train"))
-    val_classes, val = list_classes(Path(data_path, "val"))
-    check_same_classes(data_path, classes, val_classes)
-    return classes, train, val
+    train, val = (list_classes(Path(data_path, split)) for split in ("train", "val"))
+    check_same_classes(data_path, train.classes, val.classes)
+    return train.classes, train.samples, val.samples
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure and print.
 
     Raises:
-        UserError: a flag is out of its range, or train/ and val/ do not belong together.
+        UserError: a flag is out of range, or train/ and val/ have different classes.
     """
     if args.temperature <= 0:
         raise UserError(f"--temperature is {args.temperature}; it must be above 0.")
-    classes, train, val = find_split(args.data_path)
+    classes, train, val = list_splits(args.data_path)
     ks = choose_ks(args.k, len(train))
     model, trained = load_trained(args.checkpoint, model=args.model)
-    set_evaluation(trained, args)
+    set_inference_flags(trained, args)
     which = args.which or default_feature(model)
     model.to(trained.device)
     logger.info("%s of %s, %s", which, trained.model, args.checkpoint)
     logger.info("train/ (%d) and val/ (%d): %s", len(train), len(val), describe_transform(trained))
 
     def features(samples, title):
-        loader = build_files_loader(samples, classes, trained)
+        loader = build_inference_loader(samples, classes, trained)
         return run_features(model, loader, which, trained.device, trained.amp, title)
 
     bank, labels = (torch.cat(parts) for parts in zip(*features(train, "train"), strict=True))
@@ -190,8 +189,8 @@ def main(args: argparse.Namespace) -> None:
         logger.info(few_classes_note(len(classes)))
     if args.json:
         rows = [{"k": k, "acc1": acc1, "acc5": acc5} for k, (acc1, acc5) in results.items()]
-        facts = dict(checkpoint=args.checkpoint, which=which, temperature=args.temperature)
-        print(json.dumps(facts | dict(train=len(train), val=len(val), knn=rows)), flush=True)
+        setup = dict(checkpoint=args.checkpoint, which=which, temperature=args.temperature)
+        print(json.dumps(setup | dict(train=len(train), val=len(val), knn=rows)), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,17 @@ feature maps. Sizes, mean and std, norm_pix_loss and mask ratios come from the c
 import argparse
 import logging
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from util.build import load_trained
-from util.data.image_io import find_images, open_image
+from util.data.image_io import open_image
+from util.data.sources import evenly_spaced, list_images
 from util.data.transforms import build_transform
 from util.distributed import choose_device
 from util.io.errors import CheckpointError, UserError
+from util.run.checks import check_ranges
 from util.run.launch import launch
 from util.vis.attention_maps import draw_attention
 from util.vis.figures import check_format, save_figure
@@ -100,32 +101,13 @@ def load_pretrained(source: str, **changes) -> tuple[nn.Module, argparse.Namespa
     return model, args
 
 
-def choose_images(sources: list[str], count: int) -> list[str]:
-    """At most `count` files, spread evenly over the given files and those in the given folders.
-
-    Raises:
-        UserError: no source is given, one does not exist, or none holds an image.
-        UserError: the count is not positive.
+def load_images(sources: list[str], count: int, args: argparse.Namespace) -> Tensor:
+    """At most `count` images, spread evenly over the sources, as evaluation sees them:
+    (B, C, H, W).
     """
-    if not sources:
-        raise UserError("There is nothing to draw: name images or folders with --images.")
-    if count < 1:
-        raise UserError(f"--num_images is {count}; it must be at least 1.")
-    paths = []
-    for source in sources:
-        if not Path(source).exists():
-            raise UserError(f"There is no file or folder {source}; check --images.")
-        paths += find_images(source) if Path(source).is_dir() else [source]
-    if not paths:
-        raise UserError(f"There is no image in {', '.join(sources)}; check --images.")
-    count = min(count, len(paths))
-    return [paths[i * len(paths) // count] for i in range(count)]
-
-
-def load_images(paths: list[str], args: argparse.Namespace) -> Tensor:
-    """Images as evaluation sees them, resized, cropped, normalized: (B, C, H, W)."""
     transform = build_transform(False, args)
-    return torch.stack([transform(open_image(path, args.in_chans)) for path in paths])
+    samples = evenly_spaced(list_images(*sources).samples, count)
+    return torch.stack([transform(open_image(path, args.in_chans)) for path, _ in samples])
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -139,10 +121,11 @@ def check_args(args: argparse.Namespace) -> None:
         for name in ("images", "mask_ratio", "kept_mask_ratio"):
             if getattr(args, name):
                 raise UserError(f"--weights needs no images and no masks: leave out --{name}.")
+    elif not args.images:
+        raise UserError("There is nothing to draw: name images or folders with --images.")
+    check_ranges(args, dict(num_images="[1, inf)", num_patches="[1, inf)"))
     if args.num_patches is not None and not args.attention:
         raise UserError("--num_patches belongs to --attention: add it, or leave this out.")
-    if args.num_patches is not None and args.num_patches < 1:
-        raise UserError(f"--num_patches is {args.num_patches}; it must be at least 1.")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -152,8 +135,7 @@ def main(args: argparse.Namespace) -> None:
     if args.weights:
         figure = draw_feature_map_weights(model, args.caption)
     else:
-        paths = choose_images(args.images, args.num_images)
-        imgs = load_images(paths, trained).to(device)
+        imgs = load_images(args.images, args.num_images, trained).to(device)
         draw = draw_reconstructions
         if args.attention:
             draw = partial(draw_attention, num_patches=args.num_patches or NUM_PATCHES)

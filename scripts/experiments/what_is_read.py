@@ -9,7 +9,7 @@ import sys
 
 import common
 
-from tools.visualize import choose_images, load_images, load_pretrained  # noqa: E402
+from tools.visualize import load_images, load_pretrained  # noqa: E402
 from util.vis.attention_maps import READ, read_attention  # noqa: E402
 from util.vis.reconstruction import draw_noise  # noqa: E402
 
@@ -20,7 +20,7 @@ def main(args) -> None:
     results = common.Results("what_is_read", key=("arm", "seed"))
     if not (args.out / "digits/images").exists():
         sys.exit(f"There are no runs in {args.out}: run pretraining_helps.py first.")
-    paths = choose_images([str(args.out / "digits/images/val")], NUM_IMAGES)
+    sources = [str(args.out / "digits/images/val")]
     for seed in range(args.seeds):
         for arm in ("mae", "crossmae 0.75"):
             if results.find(arm=arm, seed=seed) is not None:
@@ -30,7 +30,9 @@ def main(args) -> None:
             row = dict(arm=arm, seed=seed)
             if arm == "mae":
                 noise = draw_noise(model, NUM_IMAGES, seed)
-                attention = read_attention(model, load_images(paths, trained), noise, 0.75, 0.75)
+                attention = read_attention(
+                    model, load_images(sources, NUM_IMAGES, trained), noise, 0.75, 0.75
+                )
                 row |= dict(zip(READ, attention.mass.tolist(), strict=True))  # one value per block
             else:
                 row["map_weights"] = model.wfm.linear.weight.tolist()  # decoder blocks x maps

@@ -1,1 +1,2 @@
-"""Images: which there are, opening them, transforms, batches."""
+"""Images: listing, opening, transforms, batches; for util.datasets, util.vis, util.eval, tools and
+the main scripts."""

@@ -3,9 +3,8 @@
 import logging
 from pathlib import Path
 
-from util.data.image_io import find_classes
+from util.data.sources import check_same_classes, find_classes
 from util.data.transforms import build_transform
-from util.datasets import check_same_classes
 from util.io.errors import UserError
 
 logger = logging.getLogger(__name__)

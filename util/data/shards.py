@@ -1,12 +1,14 @@
-"""Pictures inside tar files (shards, as webdataset writes them), each at random access.
+"""Images inside tar files (shards, as webdataset writes them), with random access.
 
-An index of where every picture begins takes the place of reading the shards in order: an epoch
-then has every picture once and in any order, for any number of processes, and can be resumed in
-its middle. It needs uncompressed tar files on a disk, and nothing but the standard library.
+Instead of reading the shards in sequence, every image is read through an index of where it starts:
+an epoch has every image once in a fully shuffled order, for any number of ranks, and can be resumed
+anywhere. Needs uncompressed tar files on a disk.
 """
 
+import contextlib
 import io
 import itertools
+import os
 import re
 import tarfile
 from collections.abc import Sequence
@@ -20,26 +22,26 @@ from util.data.image_io import is_array, is_image_name
 from util.distributed import get_rank, get_world_size
 from util.io.errors import UserError
 
-PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 REMOTE = re.compile(r"^(pipe:|[a-z0-9]+://)")
-ENTRY = np.dtype(  # of the index: number of the shard, then positions and size in bytes
-    [("shard", "i4"), ("header", "i8"), ("start", "i8"), ("size", "i8"), ("is_array", "?")]
+INDEX_ENTRY = np.dtype(  # shard index, then offsets and size in bytes
+    [("shard", "i4"), ("header", "i8"), ("data", "i8"), ("size", "i8"), ("is_array", "?")]
 )
 
 
-class Member(NamedTuple):
-    """One picture of a shard; as text `shard.tar:name`."""
+class ShardMember(NamedTuple):
+    """One image of a shard; as text `shard.tar:name`."""
 
     shard: str
-    header: int
-    start: int
+    header: int  # offset in bytes
+    data: int  # offset in bytes
     size: int
     is_array: bool
 
     def open(self) -> io.BytesIO:
         """Its bytes as an open file."""
         with open(self.shard, "rb", buffering=0) as file:
-            file.seek(self.start)
+            file.seek(self.data)
             return io.BytesIO(file.read(self.size))
 
     def __str__(self) -> str:
@@ -49,12 +51,12 @@ class Member(NamedTuple):
 
 
 class ShardSamples(Sequence):
-    """(Member, 0) of every picture, in the order of the shards; 29 bytes of memory for each."""
+    """(ShardMember, 0) of every image, in the order of the shards; 29 bytes of memory each."""
 
     def __init__(self, paths: list[str], index: np.ndarray):
         """
         Args:
-            index: one ENTRY per picture.
+            index: one INDEX_ENTRY per image.
         """
         self.paths = paths
         self.index = index
@@ -62,86 +64,88 @@ class ShardSamples(Sequence):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, number: int) -> tuple[Member, int]:
-        shard, *where = self.index[number].item()
-        return Member(self.paths[shard], *where), 0
+    def __getitem__(self, index: int) -> tuple[ShardMember, int]:
+        shard, *location = self.index[index].item()
+        return ShardMember(self.paths[shard], *location), 0
 
     @property
     def has_arrays(self) -> bool:
-        """Whether any of them is a NumPy array."""
+        """Whether any image is a NumPy array."""
         return bool(self.index["is_array"].any())
 
 
-def is_shards(data_path: str) -> bool:
-    """Whether --data_path names shards, and not a folder or a list of pictures."""
-    names_shards = data_path.endswith((".tar", *PACKED)) or REMOTE.match(data_path)
-    return bool(names_shards) or (Path(data_path).is_dir() and any(list_shards(data_path)))
+def is_shards(source: str) -> bool:
+    """Whether the source is a pattern of shards or a folder that holds some."""
+    names_shards = source.endswith((".tar", *COMPRESSED)) or REMOTE.match(source)
+    return bool(names_shards) or (Path(source).is_dir() and any(list_shards(source)))
 
 
 def list_shards(folder: str | Path) -> list[str]:
-    """The tar files that lie in a folder."""
-    names = (".tar", *PACKED)
-    return sorted(str(p) for p in Path(folder).iterdir() if p.name.endswith(names))
+    """The tar files in a folder; none where it cannot be read."""
+    with contextlib.suppress(PermissionError):
+        names = sorted(os.listdir(folder))
+        return [os.path.join(folder, n) for n in names if n.endswith((".tar", *COMPRESSED))]
+    return []
 
 
-def find_shards(data_path: str) -> list[str]:
-    """The shards that a pattern such as name-{0000..0003}.tar or a folder means.
+def find_shards(source: str) -> list[str]:
+    """The shards of a folder or a pattern such as name-{0000..0003}.tar.
 
     Raises:
-        UserError: they are not on a disk, packed, or of several kinds.
+        UserError: they are not on a disk, compressed, or of several kinds.
         UserError: one is missing.
     """
-    if REMOTE.match(data_path):
+    if REMOTE.match(source):
         raise UserError(
-            f"--data_path {data_path} is not on a disk; copy the shards, or mount the place where "
-            "they are and name the folder."
+            f"{source} is not on a disk; copy the shards, or mount the place where they are and "
+            "name the folder."
         )
-    is_folder = Path(data_path).is_dir()
-    paths = list_shards(data_path) if is_folder else expand(data_path)
-    packed = [path for path in paths if path.endswith(PACKED)]
-    if packed:
-        raise UserError(f"{packed[0]} is packed, so no picture can be found in it; unpack it.")
+    is_folder = Path(source).is_dir()
+    paths = list_shards(source) if is_folder else expand(source)
+    compressed = [path for path in paths if path.endswith(COMPRESSED)]
+    if compressed:
+        raise UserError(f"{compressed[0]} is compressed, which has no random access; unpack it.")
     kinds = sorted({re.sub(r"[\d._-]*\.tar$", "", Path(path).name) for path in paths})
     if is_folder and len(kinds) > 1:
         raise UserError(
-            f"{data_path} holds shards of several kinds ({', '.join(kinds[:3])}); name those to "
-            f"train on, such as --data_path '{data_path}/{kinds[0]}-{{0000..0003}}.tar'."
+            f"{source} holds shards of several kinds ({', '.join(kinds[:3])}); name those to use, "
+            f"such as '{source}/{kinds[0]}-{{0000..0003}}.tar'."
         )
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
         raise UserError(
             f"There is no file {missing[0]} ({len(missing)} of {len(paths)} shards are missing); "
-            "correct --data_path."
+            "correct the pattern."
         )
     return paths
 
 
 def expand(pattern: str) -> list[str]:
-    """Names that a brace pattern means: {0000..0003} counts, {a,b} lists."""
+    """Expand a brace pattern: {0000..0003} counts, {a,b} lists."""
     parts = re.split(r"\{([^{}]*)\}", pattern)  # outside, inside, outside, ...
-    choices = [list_choices(part) if i % 2 else [part] for i, part in enumerate(parts)]
+    choices = [expand_braces(part) if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(words) for words in itertools.product(*choices)]
 
 
-def list_choices(inside: str) -> list[str]:
-    """What stands for one pair of braces."""
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if not numbers:
+def expand_braces(inside: str) -> list[str]:
+    """Alternatives of one pair of braces."""
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if not bounds:
         return inside.split(",")
-    first, last = numbers.groups()
+    first, last = bounds.groups()
     if int(last) < int(first):
         raise UserError(f"{{{inside}}} counts down; write {{{last}..{first}}}.")
     return [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
 
 
-def read_shards(data_path: str) -> ShardSamples:
-    """All pictures of the shards; the processes share the work of looking for them.
+def read_shards(source: str) -> ShardSamples:
+    """All images of the shards; every rank indexes a part of them (a collective call).
 
     Raises:
-        UserError: a shard is damaged; on every process.
-        UserError: a shard is missing, or none has a picture.
+        UserError: a shard is damaged; on every rank.
+        UserError: a shard is missing, or none has an image.
     """
-    paths = find_shards(data_path)
+    paths = find_shards(source)
     own = [try_index(path) for path in paths[get_rank() :: get_world_size()]]
     parts = [own]
     if get_world_size() > 1:
@@ -151,16 +155,18 @@ def read_shards(data_path: str) -> ShardSamples:
     for path, index in zip(paths, indexes, strict=True):
         if isinstance(index, str):
             raise UserError(f"Cannot read the shard {path} ({index}); fetch it again.")
-    for number, index in enumerate(indexes):
-        index["shard"] = number
+    for shard, index in enumerate(indexes):
+        index["shard"] = shard
     samples = ShardSamples(paths, np.concatenate(indexes))
     if not len(samples):
-        raise UserError(f"There is no picture in the {len(paths)} shards of {data_path}.")
+        raise UserError(
+            f"There is no image in the {len(paths)} shards of {source}; check the pattern."
+        )
     return samples
 
 
 def try_index(path: str) -> np.ndarray | str:
-    """Index of one shard, or what is wrong with it."""
+    """Index of one shard, or why it cannot be read."""
     try:
         return index_shard(path)
     except (OSError, tarfile.TarError) as error:
@@ -168,7 +174,7 @@ def try_index(path: str) -> np.ndarray | str:
 
 
 def index_shard(path: str) -> np.ndarray:
-    """One ENTRY per picture of a shard; hidden members do not count.
+    """One INDEX_ENTRY per image of a shard; hidden members are skipped.
 
     Raises:
         OSError, tarfile.TarError: it cannot be read to its end.
@@ -178,10 +184,10 @@ def index_shard(path: str) -> np.ndarray:
         for member in tar:
             name = member.name.rsplit("/", 1)[-1]
             if member.isreg() and is_image_name(name) and name[0] != ".":
-                where = member.offset, member.offset_data, member.size, is_array(name)
-                entries.append((0, *where))
-        tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
+                location = member.offset, member.offset_data, member.size, is_array(name)
+                entries.append((0, *location))
+        tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header as the end
         while rest := tar.fileobj.read(2**20):
             if rest.strip(b"\0"):
                 raise tarfile.ReadError(f"it is damaged near byte {tar.offset}")
-    return np.array(entries, dtype=ENTRY)
+    return np.array(entries, dtype=INDEX_ENTRY)

@@ -9,12 +9,12 @@ from PIL import Image, ImageSequence
 
 from util.data.image_io import (
     PIL_MODES,
-    as_file,
+    describe_error,
     is_array,
-    naming,
+    open_bytes,
     open_image,
+    raising_bad_image,
     read_image,
-    reason_of,
 )
 from util.io.errors import BadImage
 
@@ -36,14 +36,14 @@ class ImageStats(NamedTuple):
 def inspect(path) -> ImageStats | str:
     """Decode one file or shard member as training does; returns the reason where that fails."""
     try:
-        with naming(path), as_file(path) as file:
+        with raising_bad_image(path), open_bytes(path) as file:
             file_format, mode, channels = read_header(file, is_array(path))
         if channels in PIL_MODES and not is_array(path):
             pixels, scale = read_image(path, channels), 255
         else:
             pixels, scale = open_image(path, channels), 1
     except BadImage as error:
-        return reason_of(error.__cause__)
+        return describe_error(error.__cause__)
     height, width = pixels.shape[1:]
     mean, mean_square = [], []
     for values in (channel.double() / scale for channel in pixels):

@@ -1,6 +1,6 @@
-"""What happens to a picture between its file and the model: the recipes' chains, and the fast one.
+"""From an opened image to the model's input: the pipelines of the recipes, and a fast one.
 
-Letters: C channels, H height, W width of the picture, h and w of the crop.
+Shapes: B images, C channels, H height, W width of the image, h and w of the crop.
 """
 
 import torch
@@ -15,14 +15,14 @@ from torchvision.transforms import functional as TF
 
 from util.io.errors import UserError
 
-CROP_SHARE = 0.875  # of the short side that evaluation keeps, up to 224 pixels
+CROP_RATIO = 0.875  # center crop to resized short side, up to 224 pixels
 
 
 def build_pretrain_transform(args):
-    """Recipe chain of pre-training, what open_image gives -> normalised (C, H, W): random crop
-    and flip.
+    """Pipeline of the pre-training recipe, output of open_image -> normalized (C, H, W).
 
-    The crop has 20-100 % of the area and a side ratio of 3/4 to 4/3, resized bicubically.
+    Random crop of 20-100 % of the area with an aspect ratio of 3/4 to 4/3, resized bicubically;
+    random horizontal flip.
     """
     return T.Compose(
         [
@@ -37,14 +37,23 @@ def build_pretrain_transform(args):
 
 
 def to_float(img) -> Tensor:
-    """PIL -> float32 (C, H, W) in 0..1; a tensor stays as it is."""
+    """PIL -> float32 (C, H, W) in [0, 1]; tensors are returned unchanged."""
     return img if isinstance(img, Tensor) else TF.to_tensor(img)
 
 
-class FastPretrainTransform:
-    """The same crops and flips on uint8 tensors, (C, H, W) -> uint8 (C, h, w), normalised later.
+def normalize(imgs: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 images (B, C, H, W) -> float32 with the given channel statistics, in one kernel.
 
-    Draws the same random numbers in the same order as the recipe chain.
+    Args:
+        mean, std: (1, C, 1, 1), of images in [0, 1].
+    """
+    return torch.addcmul(-mean / std, imgs, 1 / (255 * std))
+
+
+class FastPretrainTransform:
+    """The same crops and flips on uint8 tensors, (C, H, W) -> uint8 (C, h, w), normalized later.
+
+    Draws the same random numbers in the same order as the recipe's pipeline.
     """
 
     def __init__(self, input_size: int | tuple[int, int]):
@@ -58,7 +67,7 @@ class FastPretrainTransform:
 
 
 def build_transform(is_train: bool, args):
-    """Recipe chain of fine-tuning, PIL -> normalised (C, H, W)."""
+    """Pipeline of the fine-tuning recipe or of evaluation, PIL -> normalized (C, H, W)."""
     if is_train:
         transform = create_transform(
             args.input_size if isinstance(args.input_size, int) else (3, *args.input_size),
@@ -79,23 +88,23 @@ def build_transform(is_train: bool, args):
         return transform
     size = args.input_size
     if isinstance(size, int):
-        short_side = int(size / CROP_SHARE) if size <= 224 else size
+        short_side = int(size / CROP_RATIO) if size <= 224 else size
         resize = T.Resize(short_side, InterpolationMode.BICUBIC)
     else:
-        resize = ResizeToCover(*(int(side / CROP_SHARE) if side <= 224 else side for side in size))
+        resize = ResizeToCover(*(int(side / CROP_RATIO) if side <= 224 else side for side in size))
     return T.Compose([resize, T.CenterCrop(size), to_float, T.Normalize(args.mean, args.std)])
 
 
 def build_array_transform(args):
-    """Fine-tuning chain for what has no colours to vary, float (C, H, W) -> normalised: crop and
-    flip of the recipe, random erasing.
+    """Fine-tuning pipeline for arrays, float (C, H, W) -> normalized: crop and flip of the recipe,
+    random erasing; no color augmentation.
 
     Raises:
         UserError: --aa or --color_jitter is on.
     """
     if args.aa or args.color_jitter:
         raise UserError(
-            "--aa and --color_jitter work on 8-bit pictures, the data are arrays; leave them out "
+            "--aa and --color_jitter work on 8-bit images, the data are arrays; leave them out "
             "(--aa '')."
         )
     erasing = RandomErasing(
@@ -113,15 +122,15 @@ def build_array_transform(args):
 
 
 def posterize(img, bits: int, **_):
-    """Keep the `bits` highest bits of every channel; with none, black.
+    """Keep the `bits` highest bits of every channel; with 0 bits, black.
 
-    timm's own hands 0 bits to Pillow, which newer versions refuse: a run would die at a rare draw.
+    timm's version passes 0 bits to Pillow, where newer versions raise an error on a rare draw.
     """
     return ImageOps.posterize(img, bits) if bits else Image.new(img.mode, img.size)
 
 
 class ResizeToCover:
-    """Resize a picture, keeping its shape, to the smallest size that covers height x width."""
+    """Resize to the smallest size that covers height x width, keeping the aspect ratio."""
 
     def __init__(self, height: int, width: int):
         self.height, self.width = height, width

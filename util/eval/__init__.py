@@ -1,1 +1,1 @@
-"""Running trained models over images, and reports."""
+"""Running a trained model over images: features, predictions, reports; for tools and mains."""

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from util.build import load_trained
-from util.eval.inference import list_images
+from util.data.sources import list_images
 from util.eval.report import name_classes, predict_files
 from util.io.errors import UserError
 from util.run.output_dir import prepare_output
@@ -29,8 +29,9 @@ def predict(args) -> None:
     for name in RUN_FLAGS:
         setattr(trained, name, getattr(args, name))
     prepare_output(args)
+    files = [file for file, _ in list_images(args.predict).samples]  # shards: on every rank
     if args.rank == 0:
         path = Path(args.output_dir or ".", "predictions.csv")
         classes = name_classes(trained, trained.nb_classes)
-        predict_files(model.to(args.device), list_images([args.predict]), classes, trained, path)
+        predict_files(model.to(args.device), files, classes, trained, path)
         logger.info("Predictions in %s", path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from util.distributed import all_reduce_sum
-from util.eval.inference import build_files_loader, run_batches
+from util.eval.inference import build_inference_loader, run_batches
 from util.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def predict_files(
         args: in_chans, input_size, mean, std; device, amp, batch_size, num_workers.
     """
     model.eval()
-    loader = build_files_loader([(file, 0) for file in files], classes, args)
+    loader = build_inference_loader([(file, 0) for file in files], classes, args)
     count = min(5, len(classes))
     header = ["file", "class", "probability"]
     header += [name for i in range(2, count + 1) for name in (f"class_{i}", f"probability_{i}")]

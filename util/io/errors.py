@@ -5,7 +5,13 @@ Anything else that is raised is a bug of ours or of a library and keeps its trac
 
 
 class UserError(ValueError):
-    """What the user can put right: the message names the place, the value and the remedy."""
+    """What the user can put right: the message names the place, the value and the remedy.
+
+    The message is one line, also where a file name in it is not.
+    """
+
+    def __str__(self) -> str:
+        return escape(super().__str__())
 
 
 class BadImage(UserError):
@@ -18,6 +24,11 @@ class CheckpointError(UserError):
 
 class NonFiniteLoss(UserError):
     """Loss or gradients stopped being finite, in more steps than --skip_nonfinite allows."""
+
+
+def escape(text: str) -> str:
+    """Control characters and undecodable bytes (of file names) as Python escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(error: Exception) -> str:

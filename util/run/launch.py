@@ -63,9 +63,7 @@ def launch(main: Callable, args) -> None:
 def describe_error(error: Exception) -> str | None:
     """One line for a user's mistake or a lost process group; None for a bug."""
     if isinstance(error, UserError):
-        # An error of a DataLoader worker brings its traceback along; the message is the last line.
-        text = str(error).strip() or type(error).__qualname__
-        return text.splitlines()[-1].split(f"{type(error).__qualname__}: ")[-1]
+        return str(error)
     return distributed.explain_lost_peer(error)
 
 
