@@ -117,13 +117,13 @@ def check_args(args: argparse.Namespace) -> None:
         UserError: with the flag and the remedy.
     """
     check_format(args.out)
+    check_ranges(args, dict(num_images="[1, inf)", num_patches="[1, inf)"))
     if args.weights:
         for name in ("images", "mask_ratio", "kept_mask_ratio"):
             if getattr(args, name):
                 raise UserError(f"--weights needs no images and no masks: leave out --{name}.")
     elif not args.images:
         raise UserError("There is nothing to draw: name images or folders with --images.")
-    check_ranges(args, dict(num_images="[1, inf)", num_patches="[1, inf)"))
     if args.num_patches is not None and not args.attention:
         raise UserError("--num_patches belongs to --attention: add it, or leave this out.")
 
