@@ -28,7 +28,13 @@ from util.run.checks import set_mean_std
 from util.run.finetune_flags import LINEAR_PROBE, add_finetune_flags, check_flags, is_mixing
 from util.run.flags import shared_parser
 from util.run.launch import launch
-from util.run.output_dir import clean_output_dir, make_writable, prepare_output, resolve_resume
+from util.run.output_dir import (
+    clear_output_dir,
+    lock_output_dir,
+    make_writable,
+    prepare_output,
+    resolve_resume,
+)
 from util.run.setup import log_epoch, set_lr, start_run, tensorboard_writer, training_time
 from util.run.signals import install_handlers
 from util.run.startup import log_summary, startup_summary, write_run_json
@@ -122,6 +128,7 @@ def train(args, model, amp_dtype, attention_text: str) -> None:
         load_pretrained(model, args.finetune)
         model.init_head()
     prepare_output(args)
+    lock = lock_output_dir(args)  # noqa: F841 (held while this function runs)
     lr_text = set_lr(args)
     model.to(args.device)
     optimizer = build_optimizer(args, model)
@@ -133,7 +140,8 @@ def train(args, model, amp_dtype, attention_text: str) -> None:
     train_set, val_set = build_dataset(True, args), build_dataset(False, args)
     train_loader = build_train_loader(train_set, args)
     val_loader = build_eval_loader(val_set, args, args.dist_eval)
-    state.register_dataset(train_set)
+    state.register_dataset(train_set, len(train_loader))
+    clear_output_dir(args, state.epoch, state.iteration)
     data_text = (
         f"{len(train_set)} training and {len(val_set)} validation images of {args.nb_classes} "
         f"classes in {args.data_path}, {len(train_loader)} batches per epoch"
@@ -145,7 +153,6 @@ def train(args, model, amp_dtype, attention_text: str) -> None:
         compile_blocks(model)
     ddp_model = wrap_ddp(model, args.device, find_unused_parameters=False)
     install_handlers()
-    clean_output_dir(args, state.epoch)
     with training_time(args, state), tensorboard_writer(args, state, len(train_loader)) as writer:
         run_epochs(args, state, ddp_model, train_loader, val_loader, writer)
 

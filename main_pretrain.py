@@ -19,7 +19,12 @@ from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dt
 from util.run.checks import check_ranges, check_shared, refuse, set_mean_std
 from util.run.flags import shared_parser
 from util.run.launch import launch
-from util.run.output_dir import clean_output_dir, prepare_output, resolve_resume
+from util.run.output_dir import (
+    clear_output_dir,
+    lock_output_dir,
+    prepare_output,
+    resolve_resume,
+)
 from util.run.setup import log_epoch, set_lr, start_run, tensorboard_writer, training_time
 from util.run.signals import install_handlers
 from util.run.startup import log_summary, startup_summary, write_run_json
@@ -193,6 +198,7 @@ def main(args) -> None:
     if args.init_from and not args.resume:
         init_from(model, args.init_from)
     prepare_output(args)
+    lock = lock_output_dir(args)  # noqa: F841 (held while this function runs)
     lr_text = set_lr(args, *lr_scale(args))
     model.to(args.device)
     groups = param_groups_weight_decay(model, args.weight_decay)
@@ -201,7 +207,8 @@ def main(args) -> None:
     state = RunState(args, model, optimizer, loss_scaler)
     state.resume(checkpoint)
     del checkpoint  # as large as the model and its optimizer
-    state.register_dataset(dataset)
+    state.register_dataset(dataset, len(loader))
+    clear_output_dir(args, state.epoch, state.iteration)
 
     data_text = f"{len(dataset)} images {dataset.origin}, {len(loader)} batches per epoch"
     summary = startup_summary(args, model, lr_text, attention.name, amp_dtype, data_text)
@@ -211,7 +218,6 @@ def main(args) -> None:
         compile_blocks(model)
     ddp_model = wrap_ddp(model, args.device, args.find_unused_parameters or model.has_unused_blocks)
     install_handlers()
-    clean_output_dir(args, state.epoch)
     with training_time(args, state), tensorboard_writer(args, state, len(loader)) as writer:
         image_log = ImageLog(args, writer, loader)
         for epoch in range(state.epoch, args.epochs):
@@ -220,8 +226,8 @@ def main(args) -> None:
                 ddp_model, loader, optimizer, args.device, epoch, loss_scaler, writer, args, state
             )
             log_epoch(args, {f"train_{k}": v for k, v in stats.items()} | {"epoch": epoch})
-            image_log.show(model, epoch)
             state.end_epoch()
+            image_log.show(model, epoch)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class WeightedFeatureMaps(nn.Module):
         self.linear = nn.Linear(num_maps, decoder_depth, bias=False)  # weight (J, K)
 
     def forward(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
-        """K maps (B, N, D) -> J weighted sums (B, N, D)."""
+        """K maps (B, N, D) of one shape -> J weighted sums (B, N, D)."""
         return mix(self.linear.weight, list(maps))
 
 

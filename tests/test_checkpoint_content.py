@@ -19,7 +19,7 @@ STATE = dict(
     **dict(num_images=8, meters={"loss": [1.0, 3]}, random=[RANDOM]),
 )
 ARGS = dict(model="mae_vit_mini_patch4", input_size=32, patch_size=None, drop_path=0.1)
-OPTIMIZER = {"state": {0: {}}, "param_groups": [{"params": [0]}]}
+OPTIMIZER = {"state": {0: {}}, "param_groups": [{"params": [0], "lr": 0.1}]}
 GOOD = dict(epoch=0, optimizer=OPTIMIZER, scaler={}, args=ARGS, class_names=["a"], state=STATE)
 
 WRONG = [
@@ -138,12 +138,16 @@ def test_step_must_be_a_number():
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "lars"])
 def test_hyperparameters_are_those_of_this_run(optimizer_name):
-    """--weight_decay and the like act on a resumed run; groups gain no foreign keys."""
+    """--weight_decay and the like act on a resumed run; groups gain no foreign keys.
+
+    lr alone is restored: it is the schedule's.
+    """
     _, optimizer = stepped(optimizer_name)
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
         group |= {"weight_decay": 0.7, "lr": 3.0, "foreign": 1}
     expected = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    expected = [group | {"lr": 3.0} for group in expected]
     load_optimizer(optimizer, state, "c.pth")
     found = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     assert found == expected

@@ -11,7 +11,7 @@ from util.io.checkpoint_file import read_checkpoint
 from util.optim import NativeScalerWithGradNormCount
 from util.rng import get_random_state
 from util.run import signals
-from util.run.output_dir import clean_output_dir, remove_old_checkpoints
+from util.run.output_dir import clear_output_dir, remove_old_checkpoints
 from util.run.state import RunState
 
 CASES = {  # script, number of ranks, number of workers
@@ -153,7 +153,7 @@ def test_log_of_another_run_is_renamed(tmp_path, caplog):
     (used / "checkpoint.pth").touch()
     (used / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
     args = Namespace(rank=0, output_dir=str(used), resume=str(tmp_path / "other/checkpoint.pth"))
-    clean_output_dir(args, first_epoch=1)
+    clear_output_dir(args, first_epoch=1)
     (renamed,) = used.glob("log-until-*.txt")
     assert renamed.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
     assert not (used / "log.txt").exists()

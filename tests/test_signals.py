@@ -85,7 +85,8 @@ def test_signal_during_last_step(tmp_path):
     code = run.wait()
     assert code in (0, EXIT_INTERRUPTED)
     if code:
-        assert case.start(tmp_path)[0].wait() == 0
+        (again,) = case.start(tmp_path)
+        assert again.wait() == 0, again.text()
     case.check(tmp_path)
 
 

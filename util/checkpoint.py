@@ -239,12 +239,14 @@ def load_model(
 def load_optimizer(optimizer, state: dict, source: str) -> None:
     """Load the state of an optimizer; its hyperparameters stay those of this run's flags.
 
+    Only the scheduled lr is restored, which a run that resumes at its very end does not set again.
+
     Raises:
         CheckpointError: the state belongs to other parameters. Nothing is loaded then.
     """
     check_optimizer(optimizer, state, source)
     groups = [
-        {**{k: v for k, v in own.items() if k != "params"}, "params": saved["params"]}
+        {**own, "params": saved["params"], "lr": float(saved["lr"])}
         for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})

@@ -50,10 +50,14 @@ def is_optimizer(value) -> bool:
     groups = value.get("param_groups") if is_dict(value) else None
     return (
         isinstance(groups, list)
-        and all(is_dict(group) and isinstance(group.get("params"), list) for group in groups)
+        and all(map(is_group, groups))
         and is_dict(value.get("state"))
         and all(map(is_dict, value["state"].values()))
     )
+
+
+def is_group(value) -> bool:
+    return is_dict(value) and isinstance(value.get("params"), list) and is_number(value.get("lr"))
 
 
 def is_meters(value) -> bool:

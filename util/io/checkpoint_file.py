@@ -75,6 +75,20 @@ def read_torch(path: Path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def read_position(path: Path) -> tuple[int, int]:
+    """(epoch, iteration) at which a checkpoint file resumes, without reading its tensors.
+
+    (-1, 0) if the file does not tell, or cannot be read; read_checkpoint says why.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mmap = zipfile.is_zipfile(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return int(checkpoint["epoch"]) + 1, int(checkpoint.get("state", {}).get("iteration", 0))
+    except Exception:  # damaged in one of many ways
+        return -1, 0
+
+
 def read_safetensors(path: Path) -> dict:
     """Weights of a safetensors file, with arguments and class names if tools.export wrote it."""
     with safe_open(path, framework="pt") as file:

@@ -21,7 +21,8 @@ class ClockFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         clock = datetime.datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")
-        return f"[{clock}] {record.getMessage()}"
+        trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
+        return f"[{clock}] {record.getMessage()}{trace}"
 
 
 def start_logging(rank: int = 0) -> None:

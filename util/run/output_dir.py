@@ -1,18 +1,26 @@
-"""The output folder of a run: made, searched for a checkpoint to resume, and cleaned."""
+"""The output folder of a run: made, locked, searched for a checkpoint, cleared of earlier runs."""
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import json
 import logging
 import os
 import platform
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from util.io.checkpoint_file import read_checkpoint
+from util.distributed import all_reduce_max
+from util.io.checkpoint_file import read_checkpoint, read_position
 from util.io.errors import CheckpointError, UserError
 from util.io.files import atomic_write, remove_temporary_files
 
 logger = logging.getLogger(__name__)
+
+RUN_FILES = ("checkpoint*.pth", "log.txt", "run.json")
+EVENTS = "events.out.tfevents.*"  # of TensorBoard
 
 
 def prepare_output(args: argparse.Namespace) -> None:
@@ -47,6 +55,39 @@ def make_writable(folder: str, flag: str) -> None:
         ) from error
 
 
+def lock_output_dir(args: argparse.Namespace):
+    """Lock the output folder for this run; returns the open file that holds the lock, or None.
+
+    A POSIX lock: it ends with the process, is not inherited by DataLoader workers, and works on
+    NFS. File systems without locks are used unlocked.
+
+    Raises:
+        UserError: on every rank, if another run has locked the folder; names its host and process.
+    """
+    if not args.output_dir:
+        return None
+    file, holder = None, ""
+    if args.rank == 0:
+        file = open(Path(args.output_dir, ".lock"), "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"host {platform.node()}, pid {os.getpid()}")
+            file.flush()
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read() or "an unknown process"
+        except OSError as error:
+            logger.warning("Cannot lock %s (%s)", args.output_dir, error.strerror)
+    (is_busy,) = all_reduce_max([bool(holder)], args.device)
+    if is_busy:
+        raise UserError(
+            f"The output folder {args.output_dir} is in use by another run"
+            f"{f' ({holder})' if holder else ''}; stop that run or choose another --output_dir."
+        )
+    return file
+
+
 def resolve_resume(args: argparse.Namespace) -> dict | None:
     """Replace `--resume auto` by the newest complete checkpoint; returns its content.
 
@@ -61,12 +102,14 @@ def resolve_resume(args: argparse.Namespace) -> dict | None:
 
 
 def find_newest(folder: Path) -> tuple[str, dict | None]:
-    """Path and content of the newest complete checkpoint in a folder; ('', None) without one.
+    """Path and content of the complete checkpoint with the latest epoch and iteration.
 
-    Damaged files are named and skipped.
+    Damaged files are named and skipped; ('', None) without a complete one. The files' times do not
+    matter: clocks of hosts differ.
     """
     files = [p for p in folder.glob("checkpoint*.pth") if p.is_file()]
-    for path in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+    files.sort(key=lambda p: (read_position(p), p.name == "checkpoint.pth"), reverse=True)
+    for path in files:
         try:
             return str(path), read_checkpoint(path)
         except CheckpointError as error:
@@ -86,10 +129,12 @@ def remove_old_checkpoints(folder: Path, keep_last: int, epoch: int) -> None:
         (folder / f"checkpoint-{old}.pth").unlink(missing_ok=True)
 
 
-def clean_output_dir(args: argparse.Namespace, first_epoch: int) -> None:
-    """Remove what an interrupted run left: temporary files, and log lines of epochs to be rerun.
+def clear_output_dir(args: argparse.Namespace, epoch: int, iteration: int = 0) -> None:
+    """Make room for a run that starts at this position; nothing of another run is overwritten.
 
-    Rank 0 does it. Where another run wrote to the folder, its log.txt is renamed.
+    Rank 0 does it. Files of an earlier run move to previous-TIME/ inside the folder. Where an older
+    checkpoint of the folder is resumed, that is what was written after it. Log lines of epochs
+    that run again are dropped.
     """
     if args.rank or not args.output_dir:
         return
@@ -98,28 +143,65 @@ def clean_output_dir(args: argparse.Namespace, first_epoch: int) -> None:
     log = folder / "log.txt"
     is_resumed = bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
     if is_resumed:
+        later = [p for p in folder.glob("checkpoint*.pth") if read_position(p) > (epoch, iteration)]
+        if later:
+            move_to_previous(folder, later, copies=[log] if log.exists() else [])
         if log.exists():
-            truncate_log(log, first_epoch)
+            truncate_log(log, epoch)
         return
-    if (folder / "checkpoint.pth").exists():
-        logger.warning(
-            "%s holds a run already; this one replaces its checkpoint.pth (--resume auto would "
-            "continue it)",
-            folder,
-        )
-    if log.exists():
-        ended = datetime.datetime.fromtimestamp(log.stat().st_mtime)
-        renamed = log.with_name(f"log-until-{ended:%Y%m%d-%H%M%S}.txt")
-        log.replace(renamed)
-        logger.warning("The log of the previous run is now %s", renamed)
+    earlier = [path for name in RUN_FILES for path in folder.glob(name)]
+    if any(path.name != "run.json" for path in earlier):
+        move_to_previous(folder, [*earlier, *folder.glob(EVENTS)])
+    if args.log_dir and Path(args.log_dir) != folder:
+        move_to_previous(Path(args.log_dir), Path(args.log_dir).glob(EVENTS))
+
+
+def move_to_previous(folder: Path, paths: Iterable[Path], copies: Iterable[Path] = ()) -> None:
+    """Move files, or copy them, to folder/previous-TIME/: when the last of them was written."""
+    paths, copies = list(paths), list(copies)
+    if not paths and not copies:
+        return
+    target = previous_folder(folder, max(path.stat().st_mtime for path in [*paths, *copies]))
+    for path in copies:
+        shutil.copy2(path, target / path.name)
+    for path in paths:
+        path.rename(target / path.name)
+    logger.warning("Kept %d files of an earlier run in %s", len(paths) + len(copies), target)
+
+
+def previous_folder(folder: Path, time: float) -> Path:
+    """A new folder previous-TIME; with a suffix if there is one of that time already."""
+    name = f"previous-{datetime.datetime.fromtimestamp(time):%Y%m%d-%H%M%S}"
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):
+            target = folder / f"{name}{suffix}"
+            target.mkdir()
+            return target
+    raise UserError(f"{folder} holds too many folders {name}-*; remove some.")
 
 
 def truncate_log(log: Path, first_epoch: int) -> None:
-    """Keep the complete lines of epochs before first_epoch."""
-    lines = log.read_text(encoding="utf-8").splitlines()
-    kept = [
-        line for line in lines if line.endswith("}") and json.loads(line)["epoch"] < first_epoch
-    ]
-    if kept != lines:
-        with atomic_write(log) as tmp_path:
-            tmp_path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    """Keep the lines of epochs before first_epoch.
+
+    Where another line than the last, which a kill may cut, is not one of log.txt, the whole log is
+    kept in a previous-TIME folder.
+    """
+    lines = log.read_bytes().decode("utf-8", errors="replace").splitlines()
+    epochs = [epoch_of(line) for line in lines]
+    kept = [x for x, e in zip(lines, epochs, strict=True) if e is not None and e < first_epoch]
+    if kept == lines:
+        return
+    if None in epochs[:-1]:
+        logger.warning("%s has invalid lines, which are dropped", log)
+        move_to_previous(log.parent, [], copies=[log])
+    with atomic_write(log) as tmp_path:
+        tmp_path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def epoch_of(line: str) -> int | None:
+    """Epoch of a line of log.txt; None if it is not one."""
+    try:
+        epoch = json.loads(line)["epoch"]
+    except (ValueError, TypeError, LookupError):
+        return None
+    return epoch if type(epoch) is int else None

@@ -58,7 +58,13 @@ class RunState:
                 self.args, self.model, self.optimizer, self.loss_scaler, checkpoint
             )
             self.epoch = self.args.start_epoch
-            self.restore_position(checkpoint.get("state"))
+            if "optimizer" in checkpoint:
+                self.restore_position(checkpoint.get("state"))
+            else:
+                logger.warning(
+                    "%s has no optimizer state: only its weights are used, from epoch %d on",
+                    *(self.args.resume, self.epoch),
+                )
             self.last_saved = self.describe(self.args.resume)
         self.check_agreement()
 
@@ -90,6 +96,12 @@ class RunState:
         ]
         if not changed:
             self.iteration, self.meters = state["iteration"], state["meters"]
+            if len(state["random"]) != self.args.world_size:
+                raise CheckpointError(
+                    f"{self.args.resume} is not a valid checkpoint: state.random has "
+                    f"{len(state['random'])} entries for {self.args.world_size} ranks; use another "
+                    "copy."
+                )
             set_random_state(state["random"][get_rank()])
             where = f", iteration {self.iteration}" if self.iteration else ""
             logger.info("Resuming at epoch %d%s, exactly where it stopped", self.epoch, where)
@@ -101,8 +113,15 @@ class RunState:
         else:
             logger.warning("%s: the order of images changes from here on", ", ".join(changed))
 
-    def register_dataset(self, dataset) -> None:
-        """Note the training data; a position inside an epoch is dropped if the data changed."""
+    def register_dataset(self, dataset, num_iterations: int) -> None:
+        """Note the training data; a position inside an epoch is dropped if the data changed.
+
+        Args:
+            num_iterations: of one epoch.
+
+        Raises:
+            CheckpointError: the position lies beyond the epoch's end.
+        """
         self.class_names = dataset.classes
         if self.iteration and self.num_images not in (None, len(dataset)):
             logger.warning(
@@ -110,6 +129,11 @@ class RunState:
                 *(len(dataset), self.num_images, self.epoch),
             )
             self.iteration, self.meters = 0, {}
+        if self.iteration > num_iterations:
+            raise CheckpointError(
+                f"{self.args.resume} is not a valid checkpoint: state.iteration is "
+                f"{self.iteration}, an epoch has {num_iterations}; use another copy."
+            )
         self.num_images = len(dataset)
 
     def restore_meters(self, metrics) -> int:
