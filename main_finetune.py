@@ -13,20 +13,25 @@ from torch import nn
 from engine_finetune import evaluate, train_one_epoch
 from util.build import build_classifier
 from util.checkpoint import load_model, load_pretrained
-from util.data.checks import check_augmentation, check_classes, drop_default_policy
+from util.data.checks import (
+    check_augmentation,
+    check_classes,
+    check_trained_classes,
+    drop_default_policy,
+)
 from util.data.loaders import build_eval_loader, build_train_loader
 from util.datasets import build_dataset
 from util.distributed import broadcast_buffers, wrap_ddp
 from util.eval.predict import predict
 from util.eval.report import report_evaluation
-from util.io.errors import UserError
+from util.io.checkpoint_file import read_checkpoint
 from util.layers.attention import get_attention_backend
 from util.layers.vit import compile_blocks
 from util.lr_decay import param_groups_lrd
 from util.optim import NativeScalerWithGradNormCount, build_adamw, build_lars, choose_amp_dtype
-from util.run.checks import set_mean_std
+from util.run.checks import adopt_input, set_mean_std
 from util.run.finetune_flags import LINEAR_PROBE, add_finetune_flags, check_flags, is_mixing
-from util.run.flags import shared_parser
+from util.run.flags import parse_flags, shared_parser
 from util.run.launch import launch
 from util.run.output_dir import (
     clear_output_dir,
@@ -62,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
     if parser.parse_args(argv).linear_probe:
         parser.set_defaults(**LINEAR_PROBE)
-    return parser.parse_args(argv)
+    return parse_flags(parser, argv)
 
 
 def check_args(args) -> None:
@@ -103,30 +108,51 @@ def build_optimizer(args, model):
 def main(args) -> None:
     """One fine-tuning run, or one evaluation, or predictions."""
     check_args(args)
-    set_mean_std(args)
-    if not (args.eval or args.predict):
-        drop_default_policy(args)
-        check_augmentation(args)
     start_run(args)
     if args.predict:
-        return predict(args)
+        predict(args)
+    elif args.eval:
+        evaluate_checkpoint(args)
+    else:
+        train(args)
+
+
+def build_model(args, checkpoint: dict | None):
+    """(classifier, autocast dtype, name of the attention backend) for flags and a checkpoint.
+
+    Raises:
+        UserError: flags, data and checkpoint do not fit together.
+    """
+    if checkpoint is not None:
+        stored, source = checkpoint.get("args", {}), args.resume or args.finetune
+        adopt_input(args, get_args_parser(), stored, source, may_differ=not args.resume)
+    set_mean_std(args)
+    if not args.eval:
+        drop_default_policy(args)
+        check_augmentation(args)
     check_classes(args)
+    if args.resume:
+        check_trained_classes(args, checkpoint)
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attention = get_attention_backend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_classifier(args, attention)
     if args.linear_probe:
         model.freeze_for_probe()
-    if args.eval:
-        return evaluate_checkpoint(args, model, amp_dtype)
-    train(args, model, amp_dtype, attention.name)
+    return model, amp_dtype, attention.name
 
 
-def train(args, model, amp_dtype, attention_text: str) -> None:
+def train(args) -> None:
     """Prepare a run and train: epochs of training, evaluation, logging and saving."""
     checkpoint = resolve_resume(args)
+    if checkpoint is None and args.finetune:
+        checkpoint = read_checkpoint(args.finetune)
+    model, amp_dtype, attention_text = build_model(args, checkpoint)
     if args.finetune and not args.resume:
-        load_pretrained(model, args.finetune)
+        load_pretrained(model, checkpoint, args.finetune)
         model.init_head()
+        checkpoint = None
+    elif not args.resume:
+        logger.info("No --finetune: training from random weights")
     prepare_output(args)
     lock = lock_output_dir(args)  # noqa: F841 (held while this function runs)
     lr_text = set_lr(args)
@@ -192,20 +218,15 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
         logger.info("Max accuracy: %.2f%%", state.best)
 
 
-def evaluate_checkpoint(args, model, amp_dtype) -> None:
+def evaluate_checkpoint(args) -> None:
     """--eval: accuracy of the --resume checkpoint on DATA/val, and the --report."""
     if args.report:
         make_writable(args.report, "report")
-    checkpoint = load_model(args, model)
+    checkpoint = read_checkpoint(args.resume)
+    model, amp_dtype, _ = build_model(args, checkpoint)
+    load_model(args, model, checkpoint=checkpoint)
     model.to(args.device)
     val_set = build_dataset(False, args)
-    trained_on = checkpoint.get("class_names") or val_set.classes
-    if trained_on != val_set.classes:
-        mismatched = sorted(set(trained_on) ^ set(val_set.classes))
-        raise UserError(
-            f"{args.resume} was trained on other classes than {args.data_path}/val has (such as "
-            f"{', '.join(mismatched[:3])}); evaluate on the data set it belongs to."
-        )
     loader = build_eval_loader(val_set, args, args.dist_eval)
     log_accuracy(len(val_set), evaluate(loader, model, args.device, amp_dtype))
     if args.report:

@@ -16,8 +16,8 @@ from util.layers.attention import get_attention_backend
 from util.layers.vit import compile_blocks
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
-from util.run.checks import check_ranges, check_shared, refuse, set_mean_std
-from util.run.flags import shared_parser
+from util.run.checks import adopt_input, check_ranges, check_shared, refuse, set_mean_std
+from util.run.flags import parse_flags, shared_parser
 from util.run.launch import launch
 from util.run.output_dir import (
     clear_output_dir,
@@ -187,14 +187,16 @@ def lr_scale(args) -> tuple[float, str]:
 def main(args) -> None:
     """One pre-training run."""
     check_args(args)
-    set_mean_std(args)
     start_run(args)
+    checkpoint = resolve_resume(args)
+    if checkpoint is not None:
+        adopt_input(args, get_args_parser(), checkpoint.get("args", {}), args.resume)
+    set_mean_std(args)
     dataset = build_pretrain_dataset(args)  # before the model: mistakes show at once
     loader = build_train_loader(dataset, args)
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attention = get_attention_backend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_pretrain_model(args, attention)
-    checkpoint = resolve_resume(args)
     if args.init_from and not args.resume:
         init_from(model, args.init_from)
     prepare_output(args)
@@ -231,4 +233,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, get_args_parser().parse_args())
+    launch(main, parse_flags(get_args_parser()))

@@ -36,7 +36,7 @@ def test_finetune_from_classifier_initializes_new_head(runs, image_folder, caplo
     args.nb_classes = 2
     caplog.set_level("INFO")
     model = main_finetune.build_classifier(args, AttentionBackend())
-    load_pretrained(model, args.finetune)
+    load_pretrained(model, read_checkpoint(args.finetune), args.finetune)
     trained = read_checkpoint(runs / "fine/checkpoint.pth")["model"]
     assert "Removing key head.weight" in caplog.text
     assert "newly initialized: head.weight, head.bias" in caplog.text
@@ -104,7 +104,7 @@ def test_pos_embed_size_overrides_stored_input_size(tiny_mae, tiny_vit, tmp_path
     weights = {"model": tiny_mae().state_dict(), "args": {"input_size": 448}}
     torch.save(weights, tmp_path / "mae.pth")
     model = tiny_vit()
-    load_pretrained(model, str(tmp_path / "mae.pth"))
+    load_pretrained(model, weights, "mae.pth")
     assert model.pos_embed.equal(weights["model"]["pos_embed"])
 
 

@@ -65,13 +65,15 @@ def load_encoder(model: nn.Module, weights: dict[str, Tensor], old_grid=None):
     return result
 
 
-def load_pretrained(model: nn.Module, source: str) -> None:
-    """--finetune: load an encoder from a checkpoint; a head in the file is not used.
+def load_pretrained(model: nn.Module, checkpoint: dict, source: str) -> None:
+    """--finetune: load the encoder of a checkpoint, without its head.
+
+    Args:
+        source: the file's name, for the log.
 
     Raises:
-        CheckpointError: the file cannot be read, or its encoder is not that of the model.
+        CheckpointError: the encoder is not that of the model.
     """
-    checkpoint = read_checkpoint(source)
     logger.info("Load pre-trained checkpoint from: %s", source)
     weights = weights_of(checkpoint, source)
     for name in [name for name in weights if name.startswith("head.")]:

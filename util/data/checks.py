@@ -33,6 +33,25 @@ def check_augmentation(args) -> None:
         ) from error
 
 
+def check_trained_classes(args, checkpoint: dict) -> None:
+    """Compare the classes of a fine-tuned checkpoint with the data's, as far as it names them.
+
+    Raises:
+        UserError: they differ.
+    """
+    names = find_classes(Path(args.data_path, "val"))
+    head = checkpoint.get("model", {}).get("head.bias")
+    trained_on = checkpoint.get("class_names") or names
+    count = len(trained_on) if head is None or trained_on is not names else len(head)
+    if list(trained_on) != names or count != len(names):
+        mismatched = ", ".join(sorted(set(trained_on) ^ set(names))[:3])
+        raise UserError(
+            f"{args.resume} was trained on {count} classes, {args.data_path} has {len(names)}"
+            f"{f' (they differ in {mismatched})' if mismatched else ''}; use the data set it "
+            "belongs to."
+        )
+
+
 def check_classes(args) -> None:
     """Compare the class folders of train/ and val/, and set or check --nb_classes.
 

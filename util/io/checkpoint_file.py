@@ -187,7 +187,11 @@ def checkpoint_type(weights: dict[str, Tensor]) -> str:
 
 def plain_args(args: argparse.Namespace) -> dict:
     """Arguments as plain values and lists of them; of anything else its text."""
-    return {k: v if isinstance(v, (*PLAIN, list, tuple)) else str(v) for k, v in vars(args).items()}
+    return {
+        name: value if isinstance(value, (*PLAIN, list, tuple)) else str(value)
+        for name, value in vars(args).items()
+        if not name.startswith("_")
+    }
 
 
 def write_checkpoint(checkpoint: dict, path: Path, links: Sequence[Path] = ()) -> None:

@@ -115,13 +115,51 @@ def set_mean_std(args: argparse.Namespace) -> None:
     check_ranges(args, {"std": RANGES["std"]})
 
 
+def given_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> set[str]:
+    """Names of the flags that were typed; of a bare Namespace, those that differ from defaults."""
+    if hasattr(args, "_given"):
+        return args._given
+    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
+
+
 def warn_ignored(args: argparse.Namespace, parser, reasons: dict[str, str]) -> None:
     """Warn about flags that were given and have no effect in this run.
 
     Args:
         reasons: why, by the flag's name.
     """
-    for name, reason in reasons.items():
-        value, default = getattr(args, name), parser.get_default(name)
-        if value != default and (default is not None or value):
-            logger.warning("--%s does nothing here: %s", name, reason)
+    for name in sorted(reasons.keys() & given_flags(args, parser)):
+        logger.warning("--%s does nothing here: %s", name, reasons[name])
+
+
+def adopt_input(args, parser, stored: dict, source: str, may_differ: bool = False) -> None:
+    """Take channels, sizes, mean and std from a checkpoint's arguments.
+
+    Args:
+        stored: its arguments; older files lack some.
+        may_differ: a flag that was given wins, with a line in the log.
+
+    Raises:
+        UserError: a flag that was given differs from the checkpoint.
+    """
+    given = given_flags(args, parser)
+    for name in ("in_chans", "input_size", "patch_size", "mean", "std"):
+        value = stored.get(name)
+        if value is None:
+            continue
+        value = tuple(value) if name == "input_size" and isinstance(value, list) else value
+        if name not in given:
+            setattr(args, name, value)
+        elif is_different(getattr(args, name), value):
+            text = f"--{name} is {getattr(args, name)}, {source} was trained with {value}"
+            if not may_differ:
+                raise UserError(f"{text}; leave the flag out.")
+            logger.warning("%s", text)
+
+
+def is_different(given, stored) -> bool:
+    """Whether two values of a flag differ; one value stands for all channels or sides."""
+    given, stored = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (given, stored))
+    length = max(len(given), len(stored))
+    given, stored = (x * length if len(x) == 1 else x for x in (given, stored))
+    return given != stored

@@ -6,6 +6,8 @@ may begin with --epoch.
 
 import argparse
 
+UNSET = object()
+
 
 def shared_parser() -> argparse.ArgumentParser:
     """Parser for `parents=[...]`; each script sets its own defaults."""
@@ -196,6 +198,17 @@ def add_launch_flags(group) -> None:
         default=1800,
         help="seconds before a collective times out (default: 1800)",
     )
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Arguments of a command line; `given_flags` then knows which of them were typed."""
+    args = parser.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args), UNSET))
+    typed = vars(parser.parse_args(argv, unset)).items()
+    args._given = {name for name, value in typed if value is not UNSET}
+    return args
 
 
 class SizeAction(argparse.Action):

@@ -89,12 +89,12 @@ def lock_output_dir(args: argparse.Namespace):
 
 
 def resolve_resume(args: argparse.Namespace) -> dict | None:
-    """Replace `--resume auto` by the newest complete checkpoint; returns its content.
+    """Read the checkpoint of --resume; None without one.
 
-    Without one, args.resume becomes '' and None is returned.
+    `auto` is replaced by the newest complete checkpoint in the output folder, or by ''.
     """
     if args.resume != "auto":
-        return None
+        return read_checkpoint(args.resume) if args.resume else None
     args.resume, checkpoint = find_newest(Path(args.output_dir))
     if not args.resume:
         logger.info("No checkpoint in %s yet: starting from scratch", args.output_dir)

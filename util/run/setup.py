@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from util import distributed
+from util.io.checkpoint_file import plain_args
 from util.io.errors import UserError
 from util.rng import seed_all
 from util.run.launch import start_logging
@@ -63,7 +64,8 @@ def tensorboard_writer(args, state, num_iterations: int):
     step = int((state.epoch + state.iteration / num_iterations) * 1000)
     writer = SummaryWriter(args.log_dir, purge_step=step or None)
     if not step:
-        flags = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
+        flags = plain_args(args).items()
+        flags = {name: v if isinstance(v, int | float) else str(v) for name, v in flags}
         for summary in hparams(flags, {"train_loss": 0.0})[:2]:
             writer.file_writer.add_summary(summary)
     try:
