@@ -206,17 +206,17 @@ def test_mismatched_flag_is_named(finished_runs, image_folder, capsys):
     assert "it was trained with --input_size 32: use the same" in capsys.readouterr().out
 
 
-def test_new_run_renames_log_of_previous_run(image_folder, tmp_path, capsys):
+def test_new_run_moves_files_of_previous_run(image_folder, tmp_path, capsys):
     """Two runs in one folder have separate logs; resuming a complete run does nothing."""
     paths = ["--data_path", str(image_folder), "--output_dir", str(tmp_path)]
     flags = [*PRETRAIN, *CROSS, *paths]
     for more in ([], [], ["--resume", "auto"]):
         launch(main_pretrain.main, main_pretrain.get_args_parser().parse_args([*flags, *more]))
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()]
-    (renamed,) = tmp_path.glob("log-until-*.txt")
-    assert epochs == [json.loads(line)["epoch"] for line in renamed.open()] == [0, 1]
+    (moved,) = tmp_path.glob("previous-*/log.txt")
+    assert epochs == [json.loads(line)["epoch"] for line in moved.open()] == [0, 1]
     out = capsys.readouterr().out
-    assert "The log of the previous run is now" in out
+    assert "files of an earlier run in" in out
     assert "Nothing to do" in out.splitlines()[-2]
 
 

@@ -135,7 +135,7 @@ def test_resume_with_changed_dataset_restarts_the_epoch(tiny_cross, caplog):
         state.restore_position(
             position | layout | {"random": [get_random_state(torch.device("cpu"))]}
         )
-        state.register_dataset(ImageList(range(num_images)))
+        state.register_dataset(ImageList(range(num_images)), num_iterations=4)
         assert (state.iteration, bool(state.meters)) == (iteration, iteration > 0)
     assert "The data set has 9 images and had 8: the interrupted epoch 2 starts over" in caplog.text
 
@@ -146,18 +146,19 @@ class ImageList(list):
     classes = ()
 
 
-def test_log_of_another_run_is_renamed(tmp_path, caplog):
+def test_log_of_another_run_is_kept(tmp_path, caplog):
     """Resuming from another folder into a used one keeps the log found there."""
     used = tmp_path / "used"
     used.mkdir()
     (used / "checkpoint.pth").touch()
     (used / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n')
     args = Namespace(rank=0, output_dir=str(used), resume=str(tmp_path / "other/checkpoint.pth"))
-    clear_output_dir(args, first_epoch=1)
-    (renamed,) = used.glob("log-until-*.txt")
-    assert renamed.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+    args.log_dir = args.output_dir
+    clear_output_dir(args, epoch=1)
+    (moved,) = used.glob("previous-*/log.txt")
+    assert moved.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
     assert not (used / "log.txt").exists()
-    assert "holds a run already" in caplog.text
+    assert "Kept 2 files of an earlier run in" in caplog.text
 
 
 def test_keep_last_ignores_checkpoints_of_later_epochs(tmp_path):

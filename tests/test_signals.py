@@ -120,13 +120,13 @@ def test_first_signal_ends_a_tool(tmp_path):
     code = (
         "import time\n"
         "from pathlib import Path\n"
-        "from util.run.start_torchrun import start_torchrun\n"
+        "from util.run.launch import launch\n"
         "from util.io.files import atomic_write\n"
         "def main(out):\n"
         "    with atomic_write(out):\n"
         "        Path(out).with_name('ready').touch()\n"
         "        time.sleep(60)\n"
-        f"start_torchrun(main, {str(tmp_path / 'out.npz')!r})\n"
+        f"launch(main, {str(tmp_path / 'out.npz')!r})\n"
     )
     tool = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
