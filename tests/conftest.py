@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on sys.path, tiny models and a folder of pictures."""
+"""Shared by all tests: the repository on sys.path, tiny models and an image folder."""
 
 import sys
 from functools import partial
@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+torch.set_num_threads(1)  # tensors are too small to benefit from threads
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--parity_table",
         metavar="FILE",
-        help="write what was compared with tests/parity, and the worst differences, as JSON",
+        help="write the comparisons with tests/parity and their worst differences as JSON",
     )
 
 
@@ -39,8 +39,8 @@ ENCODER = dict(
 DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
 
 
-def factory_of(cls, **defaults):
-    """A function that builds the class after torch.manual_seed(seed); its arguments override."""
+def seeded_factory(cls, **defaults):
+    """Returns build(seed, **overrides), which seeds torch and constructs the class."""
 
     def build(seed: int = 0, **overrides):
         torch.manual_seed(seed)
@@ -51,40 +51,41 @@ def factory_of(cls, **defaults):
 
 @pytest.fixture
 def tiny_cross():
-    """Builds a tiny CrossMAE: 16 patches, encoder width 32, decoder width 16."""
+    """Factory of a tiny CrossMAE: 16 patches, encoder width 32, decoder width 16."""
     from models_cross import MaskedAutoencoderViT
 
-    return factory_of(MaskedAutoencoderViT, **ENCODER, **DECODER, weight_fm=True, use_input=True)
+    options = dict(weight_fm=True, use_input=True)
+    return seeded_factory(MaskedAutoencoderViT, **ENCODER, **DECODER, **options)
 
 
 @pytest.fixture
 def tiny_mae():
-    """Builds a tiny MAE of the same size."""
+    """Factory of a tiny MAE of the same size."""
     from models_mae import MaskedAutoencoderViT
 
-    return factory_of(MaskedAutoencoderViT, **ENCODER, **DECODER)
+    return seeded_factory(MaskedAutoencoderViT, **ENCODER, **DECODER)
 
 
 @pytest.fixture
 def tiny_vit():
-    """Builds a tiny classifier of the same size with 5 classes."""
+    """Factory of a tiny classifier of the same size with 5 classes."""
     from models_vit import VisionTransformer
 
-    return factory_of(VisionTransformer, **ENCODER, num_classes=5, global_pool=True)
+    return seeded_factory(VisionTransformer, **ENCODER, num_classes=5, global_pool=True)
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """16 pictures, {train,val}/{a,b}/0-3: JPEG and PNG of different sizes, the same every time."""
-    root = tmp_path_factory.mktemp("pictures")
-    random = np.random.RandomState(0)
+    """16 images, {train,val}/{a,b}/0-3: JPEG and PNG of different sizes, with a fixed seed."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.RandomState(0)
     for split in ("train", "val"):
         for label in ("a", "b"):
             folder = root / split / label
             folder.mkdir(parents=True)
             for index in range(4):
-                height, width = random.randint(40, 80, size=2)
-                coarse = Image.fromarray(random.randint(0, 256, (6, 6, 3), dtype=np.uint8))
-                picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
-                picture.save(folder / f"{index}.{'png' if index % 2 else 'jpg'}")
+                height, width = rng.randint(40, 80, size=2)
+                coarse = Image.fromarray(rng.randint(0, 256, (6, 6, 3), dtype=np.uint8))
+                image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+                image.save(folder / f"{index}.{'png' if index % 2 else 'jpg'}")
     return root

@@ -1,4 +1,4 @@
-"""AttentionBackend against the written-out softmax, and the choice of kernel with its reason."""
+"""Attention backends against the formula; selection of the backend and its reported reason."""
 
 import sys
 import types
@@ -17,7 +17,7 @@ from util.layers.attention import (
 CPU = torch.device("cpu")
 
 
-def written_out(q, k, v):
+def reference_attention(q, k, v):
     """Softmax attention, q (B, N, H, d), k and v (B, M, H, d)."""
     weights = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("bhnm,bmhd->bnhd", weights.softmax(dim=-1), v)
@@ -27,56 +27,56 @@ def written_out(q, k, v):
     "attention_backend", [AttentionBackend(), FlashKernelBackend("a test")], ids=["sdpa", "flash"]
 )
 @pytest.mark.parametrize("width", [32, 64, 80])
-def test_equals_the_formula(attention_backend, width):
+def test_backends_match_the_formula(attention_backend, width):
     qkv = torch.randn(2, 7, 3, 4, width, requires_grad=True)
     q, kv = torch.randn(2, 5, 4, width), torch.randn(2, 9, 2, 4, width)
-    expected = written_out(*qkv.unbind(2))
+    expected = reference_attention(*qkv.unbind(2))
     out = attention_backend.self_attention(qkv)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    weight = torch.randn_like(out)
+    out_grad = torch.randn_like(out)
     torch.testing.assert_close(
-        *(torch.autograd.grad((x * weight).sum(), qkv)[0] for x in (out, expected)),
+        *(torch.autograd.grad((x * out_grad).sum(), qkv)[0] for x in (out, expected)),
         atol=1e-5,
         rtol=1e-4,
     )
     torch.testing.assert_close(
         attention_backend.cross_attention(q, kv),
-        written_out(q, *kv.unbind(2)),
+        reference_attention(q, *kv.unbind(2)),
         atol=1e-5,
         rtol=1e-5,
     )
 
 
-def test_the_flag_says_why_the_package_is_not_used():
+def test_name_states_why_flash_attn_is_not_used_on_cpu():
     assert get_attention_backend(False, CPU, None).name == "torch scaled_dot_product_attention"
     attention_backend = get_attention_backend(True, CPU, None)
     assert "FlashAttention-2" in attention_backend.name and "on the CPU" in attention_backend.name
 
 
-def gpu(monkeypatch, capability):
+def mock_gpu(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     return torch.device("cuda", 0)
 
 
-def test_reasons_on_a_gpu(monkeypatch):
-    device = gpu(monkeypatch, (7, 5))
+def test_name_states_why_flash_attn_is_not_used_on_gpu(monkeypatch):
+    device = mock_gpu(monkeypatch, (7, 5))
     assert "has 7.5" in get_attention_backend(True, device, torch.float16).name
-    device = gpu(monkeypatch, (8, 9))
+    device = mock_gpu(monkeypatch, (8, 9))
     assert "--amp off" in get_attention_backend(True, device, None).name
-    # another package of that name is installed, without the function
+    # a package of that name without the functions
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     name = get_attention_backend(True, device, torch.bfloat16).name
     assert "pip install flash-attn --no-build-isolation" in name
 
 
-def test_the_package_is_used_in_half_precision_only(monkeypatch):
+def test_flash_attn_is_used_only_in_half_precision(monkeypatch):
     package = types.ModuleType("flash_attn")
     package.__version__ = "2.0"
-    package.flash_attn_func = written_out
-    package.flash_attn_qkvpacked_func = lambda qkv: written_out(*qkv.unbind(2)) + 1
-    package.flash_attn_kvpacked_func = lambda q, kv: written_out(q, *kv.unbind(2)) + 1
+    package.flash_attn_func = reference_attention
+    package.flash_attn_qkvpacked_func = lambda qkv: reference_attention(*qkv.unbind(2)) + 1
+    package.flash_attn_kvpacked_func = lambda q, kv: reference_attention(q, *kv.unbind(2)) + 1
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    attention_backend = get_attention_backend(True, gpu(monkeypatch, (9, 0)), torch.bfloat16)
+    attention_backend = get_attention_backend(True, mock_gpu(monkeypatch, (9, 0)), torch.bfloat16)
     assert (
         isinstance(attention_backend, FlashPackageBackend)
         and attention_backend.name == "flash-attn 2.0"
@@ -89,13 +89,17 @@ def test_the_package_is_used_in_half_precision_only(monkeypatch):
     assert ((difference - 1).abs() < 0.05).all()
 
 
-def test_nothing_global_is_changed():
+def test_selection_changes_no_global_state():
     before = F.scaled_dot_product_attention
-    flags = lambda: (  # noqa: E731
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-    )
-    was = flags()
+
+    def enabled_kernels():
+        return (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+        )
+
+    enabled_before = enabled_kernels()
     get_attention_backend(True, CPU, None).self_attention(torch.randn(1, 2, 3, 1, 8))
-    assert F.scaled_dot_product_attention is before and flags() == was == (True, True, True)
+    assert F.scaled_dot_product_attention is before
+    assert enabled_kernels() == enabled_before == (True, True, True)

@@ -1,4 +1,4 @@
-"""Files that are not what they should be: hostile, damaged, of another kind, from the network."""
+"""Checkpoint files: malicious, damaged, of the wrong type, in all formats, and downloaded."""
 
 import argparse
 import http.server
@@ -32,11 +32,9 @@ from util.io.checkpoint_file import (
 )
 from util.io.errors import CheckpointError
 
-SENTENCE_END = (".", ")")
-
 
 class Payload:
-    """Runs a command where it is unpickled by something that trusts it."""
+    """Creates the file `marker` when unpickled without restrictions."""
 
     def __init__(self, marker, function=os.system):
         self.marker, self.function = marker, function
@@ -49,11 +47,11 @@ class Payload:
 
 
 class BadNamespace(argparse.Namespace):
-    """Pickles as argparse.Namespace does, with a payload as one of its values."""
+    """A subclass, which the allow-list must not accept as argparse.Namespace."""
 
 
 def opcodes(marker) -> bytes:
-    """A pickle written by hand: STACK_GLOBAL of builtins.exec, without a class of ours."""
+    """A hand-written pickle: STACK_GLOBAL of builtins.exec, without a class of this file."""
     code = f"import pathlib; pathlib.Path({str(marker)!r}).touch()".encode()
     return (
         b"\x80\x04\x8c\x08builtins\x8c\x04exec\x93\x8c"
@@ -63,43 +61,43 @@ def opcodes(marker) -> bytes:
     )
 
 
-def save(thing, path, **how):
-    torch.save(thing, path, **how)
+def save(content, path, **options):
+    torch.save(content, path, **options)
 
 
-def legacy_tar(thing, path):
-    """The form of torch before 0.1.10: a tar with pickles."""
+def legacy_tar(content, path):
+    """The format of torch before 0.1.10: a tar of pickles."""
     with tarfile.open(path, "w") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
-            data = pickle.dumps(thing)
+            data = pickle.dumps(content)
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
 
 
-def zip_with_extra(thing, path, marker):
-    """A proper file to which members were added: a script outside, a model's code."""
-    torch.save({"model": {"a": torch.zeros(2)}, "args": thing}, path)
+def zip_with_extra(content, path, marker):
+    """A valid file with added members: a script outside its folder, and TorchScript code."""
+    torch.save({"model": {"a": torch.zeros(2)}, "args": content}, path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("../../escape.py", f"open({str(marker)!r}, 'w')")
         archive.writestr(f"{path.stem}/code/__torch__.py", f"open({str(marker)!r}, 'w')")
 
 
-def zip_second_pickle(thing, path):
-    """Two members of one name: a check of the first says nothing about the one that is read."""
+def zip_second_pickle(content, path):
+    """Two members of one name: checking the first proves nothing about the one that is read."""
     torch.save({"model": {"a": torch.zeros(2)}}, path)
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(name, pickle.dumps(thing, 2))
+        archive.writestr(name, pickle.dumps(content, 2))
 
 
 def torchscript(path):
-    """A compiled model, which torch.load would hand on to another reader."""
+    """A TorchScript model, which torch.load passes to torch.jit.load."""
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
 
 
-HOSTILE = {
+MALICIOUS = {
     "os.system": lambda p, m: save(Payload(m), p),
     "in model": lambda p, m: save({"model": {"a": Payload(m)}}, p),
     "in args": lambda p, m: save({"model": {}, "args": argparse.Namespace(x=Payload(m))}, p),
@@ -114,10 +112,10 @@ HOSTILE = {
     "legacy tar": lambda p, m: legacy_tar(Payload(m), p),
     "bare pickle": lambda p, m: p.write_bytes(pickle.dumps(Payload(m))),
     "bare pickle, protocol 0": lambda p, m: p.write_bytes(pickle.dumps(Payload(m), 0)),
-    "opcodes by hand": lambda p, m: p.write_bytes(opcodes(m)),
-    "zip with members": lambda p, m: zip_with_extra(argparse.Namespace(x=Payload(m)), p, m),
+    "hand-written opcodes": lambda p, m: p.write_bytes(opcodes(m)),
+    "zip with added members": lambda p, m: zip_with_extra(argparse.Namespace(x=Payload(m)), p, m),
     "zip, two data.pkl": lambda p, m: zip_second_pickle(Payload(m), p),
-    "a whole module": lambda p, m: save(torch.nn.Linear(2, 2), p),
+    "whole module": lambda p, m: save(torch.nn.Linear(2, 2), p),
     "pathlib in args": lambda p, m: save({"model": {}, "args": {"x": pathlib.PosixPath("a")}}, p),
     "subclass of Namespace": lambda p, m: save({"model": {}, "args": BadNamespace(a=1)}, p),
     "named .safetensors": lambda p, m: save(Payload(m), p.with_suffix(".safetensors")),
@@ -125,23 +123,23 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", MALICIOUS)
 @pytest.mark.filterwarnings("ignore")
-def test_hostile(name, tmp_path):
-    """Nothing is run; one sentence says so with the path."""
+def test_malicious_file_is_refused(name, tmp_path):
+    """No code runs; the error is one line and names the path."""
     path, marker = tmp_path / "bad.pth", tmp_path / "it-ran"
-    HOSTILE[name](path, marker)
+    MALICIOUS[name](path, marker)
     if name.endswith("safetensors"):
         path = path.with_suffix(".safetensors")
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
-    sentence = str(caught.value)
-    assert str(path) in sentence and "\n" not in sentence and sentence.endswith(SENTENCE_END)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and message.endswith((".", ")"))
     assert not marker.exists() and not (tmp_path.parent.parent / "escape.py").exists()
 
 
-def test_payload_is_live(tmp_path):
-    """The payloads of these tests do act where a file is trusted, so the tests can fail."""
+def test_payloads_run_when_unpickled(tmp_path):
+    """Without restrictions the payloads run, so the tests above can fail."""
     for function in (os.system, exec):
         marker = tmp_path / function.__name__
         pickle.loads(pickle.dumps(Payload(marker, function)))
@@ -150,31 +148,31 @@ def test_payload_is_live(tmp_path):
     assert (tmp_path / "third").exists()
 
 
-def good_file(path):
+def save_valid_file(path):
     torch.manual_seed(0)
     torch.save({"model": {"a": torch.randn(100, 100)}, "epoch": 3}, path)
     return path
 
 
-def flip(path, where):
+def flip_bit(path, offset):
     data = bytearray(path.read_bytes())
-    data[where] ^= 1
+    data[offset] ^= 1
     path.write_bytes(data)
 
 
 DAMAGED = {
-    "flipped byte of a tensor": (lambda p: flip(p, p.stat().st_size // 2), "is damaged"),
-    "cut to 0": (lambda p: p.write_bytes(b""), "(0 bytes) is no"),
-    "cut to 10 bytes": (lambda p: p.write_bytes(p.read_bytes()[:10]), "(10 bytes) is no"),
-    "cut in half": (
+    "flipped bit of a tensor": (lambda p: flip_bit(p, p.stat().st_size // 2), "is damaged"),
+    "truncated to 0 bytes": (lambda p: p.write_bytes(b""), "(0 bytes) is no"),
+    "truncated to 10 bytes": (lambda p: p.write_bytes(p.read_bytes()[:10]), "(10 bytes) is no"),
+    "truncated to half": (
         lambda p: p.write_bytes(p.read_bytes()[:20_000]),
         "is not a complete checkpoint",
     ),
     "last bytes missing": (lambda p: p.write_bytes(p.read_bytes()[:-30]), "is not a complete"),
     "web page": (lambda p: p.write_text("<!DOCTYPE html><html>sign in</html>"), "is a web page"),
-    "web page, blanks": (lambda p: p.write_text("\n\n  <html lang='en'>"), "is a web page"),
+    "web page, leading blanks": (lambda p: p.write_text("\n\n  <html lang='en'>"), "is a web page"),
     "text": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1"), "is no"),
-    "picture": (lambda p: p.write_bytes(b"\xff\xd8\xff\xe0" + bytes(500)), "is not a checkpoint"),
+    "image": (lambda p: p.write_bytes(b"\xff\xd8\xff\xe0" + bytes(500)), "is not a checkpoint"),
     "zip of something else": (
         lambda p: zipfile.ZipFile(p, "w").writestr("a.txt", "hello"),
         "is not a complete checkpoint",
@@ -189,48 +187,48 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged(name, tmp_path):
-    path = good_file(tmp_path / "file.pth")
-    damage, words = DAMAGED[name]
+def test_damaged_file_is_refused(name, tmp_path):
+    path = save_valid_file(tmp_path / "file.pth")
+    damage, expected = DAMAGED[name]
     damage(path)
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
-    assert words in str(caught.value) and str(path) in str(caught.value)
+    assert expected in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_every_cut_and_many_flips(tmp_path):
-    """Cut anywhere, it is refused; with any byte flipped, refused or read as it was."""
-    good = good_file(tmp_path / "good.pth")
-    data, expected = good.read_bytes(), read_checkpoint(good)["model"]["a"]
+def test_truncated_or_bit_flipped_file_is_refused(tmp_path):
+    """Truncated anywhere: refused. Any bit flipped: refused, or read with unchanged values."""
+    valid = save_valid_file(tmp_path / "valid.pth")
+    data, expected = valid.read_bytes(), read_checkpoint(valid)["model"]["a"]
     path = tmp_path / "file.pth"
     for size in range(0, len(data), 997):
         path.write_bytes(data[:size])
         with pytest.raises(CheckpointError):
             read_checkpoint(path)
     refused = 0
-    for where in range(0, len(data), 211):
+    for offset in range(0, len(data), 211):
         path.write_bytes(data)
-        flip(path, where)
+        flip_bit(path, offset)
         try:
-            assert torch.equal(read_checkpoint(path)["model"]["a"], expected), where
+            assert torch.equal(read_checkpoint(path)["model"]["a"], expected), offset
         except CheckpointError:
             refused += 1
     assert refused > 0.9 * len(data) / 211
 
 
 @pytest.mark.parametrize("path", ["nowhere.pth", "."])
-def test_no_file(path):
+def test_missing_file_is_refused(path):
     with pytest.raises(CheckpointError, match="There is no checkpoint file"):
         read_checkpoint(path)
 
 
-# Kinds
+# Checkpoint types
 
 
 @pytest.fixture
 def files(tmp_path, tiny_cross, tiny_mae, tiny_vit):
-    """Checkpoints by kind: (path, model)."""
+    """Paths of checkpoints by model."""
     models = {"cross": tiny_cross(), "mae": tiny_mae(), "vit": tiny_vit(), "vit3": tiny_vit(1)}
     paths = {}
     for name, model in models.items():
@@ -239,21 +237,21 @@ def files(tmp_path, tiny_cross, tiny_mae, tiny_vit):
     return paths
 
 
-def test_kinds(files):
-    found = {
+def test_checkpoint_type(files):
+    types = {
         name: checkpoint_type(weights_of(read_checkpoint(path))) for name, path in files.items()
     }
-    assert found["cross"] == found["mae"] == "pre-training"
-    assert found["vit"] == "fine-tuned"
+    assert types["cross"] == types["mae"] == "pre-training"
+    assert types["vit"] == "fine-tuned"
 
 
-WRONG = {  # model that is to be filled, file, words of the sentence
-    "fine-tuned wanted": (
+WRONG_TYPES = {  # model, checkpoint file, regex of the error message
+    "fine-tuned expected": (
         "vit",
         "cross",
         "is a pre-training checkpoint, a fine-tuned one is needed.*--finet",
     ),
-    "pre-training wanted": (
+    "pre-training expected": (
         "cross",
         "vit",
         "is a fine-tuned checkpoint, a pre-training one is.*--init_from",
@@ -262,12 +260,12 @@ WRONG = {  # model that is to be filled, file, words of the sentence
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_kind(name, files, tiny_cross, tiny_vit):
-    wanted, file, words = WRONG[name]
-    model = {"cross": tiny_cross, "vit": tiny_vit}[wanted](seed=9)
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_wrong_type_is_refused(name, files, tiny_cross, tiny_vit):
+    model_name, file, message = WRONG_TYPES[name]
+    model = {"cross": tiny_cross, "vit": tiny_vit}[model_name](seed=9)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         load_strict(model, weights_of(read_checkpoint(files[file])), str(files[file]))
     assert str(files[file]) in str(caught.value)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -276,8 +274,8 @@ def test_wrong_kind(name, files, tiny_cross, tiny_vit):
 @pytest.mark.parametrize(
     "change", [dict(embed_dim=64), dict(depth=3), dict(patch_size=4), dict(in_chans=1)]
 )
-def test_other_size(change, files, tiny_vit, tiny_cross):
-    """All of the encoder or nothing, for --finetune, --init_from and --resume alike."""
+def test_wrong_size_loads_nothing(change, files, tiny_vit, tiny_cross):
+    """The encoder loads completely or not at all with --finetune, --init_from and --resume."""
     weights = weights_of(read_checkpoint(files["cross"]))
     for build, load in (
         (tiny_vit, lambda model: load_encoder(model, dict(weights))),
@@ -291,19 +289,19 @@ def test_other_size(change, files, tiny_vit, tiny_cross):
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_forms_that_load(files, tmp_path, tiny_cross):
-    """Bare state dict, prefixes of DDP and compile, safetensors, Namespace, legacy form."""
+def test_supported_formats_load(files, tmp_path, tiny_cross):
+    """Bare state dict, prefixes of DDP and compile, safetensors, Namespace, legacy format."""
     from safetensors.torch import save_file
 
     weights = weights_of(read_checkpoint(files["cross"]))
     prefixed = {f"module._orig_mod.{k}": v for k, v in weights.items()}
-    forms = {
+    formats = {
         "bare": weights,
         "prefixed": {"model": prefixed},
         "namespace": {"model": weights, "args": argparse.Namespace(model="m", lr=0.1, betas=[1])},
     }
     paths = []
-    for name, content in forms.items():
+    for name, content in formats.items():
         for legacy in (False, True):
             paths.append(tmp_path / f"{name}{legacy}.pth")
             torch.save(content, paths[-1], _use_new_zipfile_serialization=not legacy)
@@ -317,10 +315,10 @@ def test_forms_that_load(files, tmp_path, tiny_cross):
     assert strip_prefixes("module.module.blocks.0") == "blocks.0"
 
 
-def test_args_keep_plain_values_only(tmp_path, caplog):
+def test_only_plain_values_of_args_are_kept(tmp_path, caplog):
     path = tmp_path / "file.pth"
-    args = argparse.Namespace(lr=0.1, size=(1, 2), odd={"a": 1}, inner=argparse.Namespace(b=1))
-    vars(args)[5] = "number as name"
+    args = argparse.Namespace(lr=0.1, size=(1, 2), nested={"a": 1}, inner=argparse.Namespace(b=1))
+    vars(args)[5] = "integer as name"
     torch.save({"model": {}, "args": args}, path)
     assert read_checkpoint(path)["args"] == {"lr": 0.1, "size": (1, 2)}
     assert caplog.text.count("skipped") == 3
@@ -328,7 +326,7 @@ def test_args_keep_plain_values_only(tmp_path, caplog):
     assert read_checkpoint(path)["args"] == {}
 
 
-def test_no_weights(tmp_path):
+def test_file_without_weights_is_refused(tmp_path):
     torch.save({"weights": 3, "epoch": 1}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match="entries: weights, epoch"):
         weights_of(read_checkpoint(tmp_path / "file.pth"), "file.pth")
@@ -337,13 +335,13 @@ def test_no_weights(tmp_path):
 # Writing
 
 
-def test_other_tools_can_read(files, tmp_path):
-    """`model` is where MAE's own loading code looks, and nothing but tensors and plain values."""
+def test_checkpoint_loads_with_plain_torch(files):
+    """Weights are under `model`, as in MAE; everything else is tensors and plain values."""
     checkpoint = torch.load(files["cross"], map_location="cpu", weights_only=True)
     assert checkpoint["model"]["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
 
 
-def test_write_replaces_whole_files(tmp_path):
+def test_write_checkpoint_replaces_files(tmp_path):
     path, best = tmp_path / "checkpoint.pth", tmp_path / "checkpoint-best.pth"
     write_checkpoint({"epoch": 1}, path, [best])
     write_checkpoint({"epoch": 2}, path)
@@ -354,8 +352,8 @@ def test_write_replaces_whole_files(tmp_path):
 # Network
 
 
-class Answers(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; /elsewhere leads to http, /short breaks off."""
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; /elsewhere redirects to http, /short drops the connection."""
 
     def do_GET(self):
         if self.path.startswith("/elsewhere"):
@@ -376,16 +374,16 @@ class Answers(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """(folder, https address) of a server on this machine, whose certificate is trusted here."""
+    """(folder, URL) of a local https server whose certificate is trusted in this test."""
     if not shutil.which("openssl"):
         pytest.skip("needs the openssl command to make a certificate")
     folder, key, cert = tmp_path / "site", tmp_path / "key.pem", tmp_path / "cert.pem"
     folder.mkdir()
-    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split()
-    make += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert]
-    subprocess.run(make, check=True, capture_output=True, timeout=60)
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split()
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(Answers, directory=str(folder))
+        ("127.0.0.1", 0), partial(Server, directory=str(folder))
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
@@ -398,27 +396,27 @@ def site(tmp_path, monkeypatch):
     server.shutdown()
 
 
-def cached(tmp_path):
+def cached_files(tmp_path):
     return sorted((tmp_path / "cache").rglob("*.*"))
 
 
-def test_download(site, tmp_path, capfd):
-    """Kept under a name of its own, read again without the network, with a progress bar."""
-    folder, address = site
+def test_download_is_cached(site, tmp_path, capfd):
+    """Cached under a unique name, read again without network; with a progress bar."""
+    folder, url = site
     for sub in ("a", "b"):
         (folder / sub).mkdir()
         torch.save({"model": {}, "class_names": [sub]}, folder / sub / "checkpoint.pth")
-    assert read_checkpoint(f"{address}/a/checkpoint.pth?download=true")["class_names"] == ["a"]
-    assert read_checkpoint(f"{address}/b/checkpoint.pth")["class_names"] == ["b"]
+    assert read_checkpoint(f"{url}/a/checkpoint.pth?download=true")["class_names"] == ["a"]
+    assert read_checkpoint(f"{url}/b/checkpoint.pth")["class_names"] == ["b"]
     assert "100%" in capfd.readouterr().err
     shutil.rmtree(folder)
-    assert read_checkpoint(f"{address}/b/checkpoint.pth")["class_names"] == ["b"]
-    assert len(cached(tmp_path)) == 2
+    assert read_checkpoint(f"{url}/b/checkpoint.pth")["class_names"] == ["b"]
+    assert len(cached_files(tmp_path)) == 2
 
 
-def test_hash(site, tmp_path):
-    """In the address or in the name; a wrong one leaves nothing behind."""
-    folder, address = site
+def test_download_hash_is_verified(site, tmp_path):
+    """SHA-256 in the URL or in the file name; on a mismatch nothing is kept."""
+    folder, url = site
     torch.save({"model": {}}, folder / "x.pth")
     sha = download.file_hash(folder / "x.pth")
     shutil.copy(folder / "x.pth", folder / f"x-{sha[:16]}.pth")
@@ -427,51 +425,51 @@ def test_hash(site, tmp_path):
     shutil.copy(folder / "x.pth", folder / "x-20240131.pth")
     wrong = "ab" * 32
     for good in (f"x-{sha[:16]}.pth", f"x.pth#sha256={sha}", "x-448.pth", "x-20240131.pth"):
-        read_checkpoint(f"{address}/{good}")
-    kept = cached(tmp_path)
+        read_checkpoint(f"{url}/{good}")
+    expected = cached_files(tmp_path)
     for bad in ("x-0badc0de.pth", f"x.pth#sha256={wrong}", f"x-448.pth#sha256={wrong}"):
         with pytest.raises(ValueError, match="has the SHA-256"):
-            read_checkpoint(f"{address}/{bad}")
-    assert cached(tmp_path) == kept
+            read_checkpoint(f"{url}/{bad}")
+    assert cached_files(tmp_path) == expected
 
 
-REFUSED = {
+REFUSED_URLS = {
     "http": ("http://127.0.0.1:9/file.pth", "only https"),
     "file": ("file:///etc/passwd", "only https"),
     "ftp": ("ftp://host/file.pth", "only https"),
-    "leads to http": ("{site}/elsewhere/file.pth", "which is not https"),
+    "redirect to http": ("{site}/elsewhere/file.pth", "which is not https"),
     "missing": ("{site}/missing.pth", "404"),
-    "breaks off": ("{site}/short/file.pth", "9 of 1,000 bytes"),
-    "nobody there": ("https://127.0.0.1:9/file.pth", "Connection refused"),
+    "dropped connection": ("{site}/short/file.pth", "9 of 1,000 bytes"),
+    "no server": ("https://127.0.0.1:9/file.pth", "Connection refused"),
     "hf without file": ("hf://owner/repository", "names no file"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_addresses(name, site, tmp_path):
-    address, words = REFUSED[name]
-    with pytest.raises(ValueError, match=words) as caught:
-        read_checkpoint(address.format(site=site[1]))
+@pytest.mark.parametrize("name", REFUSED_URLS)
+def test_invalid_url_is_refused(name, site, tmp_path):
+    url, message = REFUSED_URLS[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        read_checkpoint(url.format(site=site[1]))
     assert "\n" not in str(caught.value)
-    assert not cached(tmp_path)
+    assert not cached_files(tmp_path)
 
 
-def test_certificate_is_checked(site, monkeypatch):
+def test_untrusted_certificate_is_refused(site, monkeypatch):
     monkeypatch.delenv("SSL_CERT_FILE")
     with pytest.raises(ValueError, match="certificate verify failed"):
         read_checkpoint(f"{site[1]}/file.pth")
 
 
-def test_hostile_download(site, tmp_path):
-    folder, address = site
+def test_malicious_download_is_refused(site, tmp_path):
+    folder, url = site
     torch.save(Payload(tmp_path / "it-ran"), folder / "evil.pth")
     with pytest.raises(CheckpointError, match="would run code"):
-        read_checkpoint(f"{address}/evil.pth")
+        read_checkpoint(f"{url}/evil.pth")
     assert not (tmp_path / "it-ran").exists()
 
 
-class Hub(Answers):
-    """As much of the hub as a download needs."""
+class Hub(Server):
+    """The part of the Hugging Face Hub API that a download needs."""
 
     def do_HEAD(self):
         self.do_GET()
@@ -493,8 +491,8 @@ class Hub(Answers):
             self.wfile.write(body)
 
 
-def test_hub(tmp_path):
-    """hf:// against a server on this machine: a hostile file is not run; errors take one line."""
+def test_hub_download(tmp_path):
+    """hf:// with a local server: a malicious file runs no code; errors are one line."""
     torch.save(Payload(tmp_path / "it-ran"), tmp_path / "evil.pth")
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), partial(Hub, directory=str(tmp_path))
@@ -502,9 +500,9 @@ def test_hub(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """
 from util.io.checkpoint_file import read_checkpoint
-for address in ("hf://own/repo/evil.pth", "hf://own/repo/none.pth"):
+for url in ("hf://own/repo/evil.pth", "hf://own/repo/none.pth"):
     try:
-        read_checkpoint(address)
+        read_checkpoint(url)
     except ValueError as error:
         print("refused:", error)
 """
@@ -515,7 +513,7 @@ for address in ("hf://own/repo/evil.pth", "hf://own/repo/none.pth"):
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
     )
     server.shutdown()
-    first, second = [line for line in result.stdout.splitlines() if line.startswith("refused")]
-    assert "would run code" in first, result.stderr
-    assert "Could not download hf://own/repo/none.pth (" in second
+    malicious, missing = [line for line in result.stdout.splitlines() if line.startswith("refused")]
+    assert "would run code" in malicious, result.stderr
+    assert "Could not download hf://own/repo/none.pth (" in missing
     assert not (tmp_path / "it-ran").exists()

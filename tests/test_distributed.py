@@ -1,4 +1,4 @@
-"""Several processes: who is who, and that two of them compute what one does."""
+"""Distributed runs: launcher variables, devices, and equality of one and two ranks."""
 
 import argparse
 import os
@@ -8,25 +8,32 @@ import sys
 
 import pytest
 import torch
-from processes import LAUNCHER_NAMES, ROOT, free_port, scratch, undisturbed, warm
+from processes import (
+    LAUNCHER_VARIABLES,
+    ROOT,
+    fork_server,
+    free_port,
+    make_temp_dir,
+    uninterrupted_run,
+)
 
 from util.distributed import choose_device, explain_lost_peer, read_launcher
 
 SLURM = {"SLURM_PROCID": "13", "SLURM_NTASKS": "16", "SLURM_LOCALID": "5", "SLURM_JOB_ID": "1"}
-WHERE = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+ADDRESS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 
 
-LAUNCHERS = {  # environment, --dist_on_itp, (rank, processes, local rank)
-    "alone": ({}, False, (0, 1, 0)),
+LAUNCHERS = {  # environment, --dist_on_itp, (rank, world size, local rank)
+    "single process": ({}, False, (0, 1, 0)),
     "torchrun": ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, False, (3, 4, 1)),
-    "srun": (SLURM | WHERE, False, (13, 16, 5)),
+    "srun": (SLURM | ADDRESS, False, (13, 16, 5)),
     "torchrun inside srun": (
-        SLURM | WHERE | {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"},
+        SLURM | ADDRESS | {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"},
         False,
         (2, 4, 2),
     ),
     "salloc, one task": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False, (0, 1, 0)),
-    "in a batch script, without srun": ({"SLURM_JOB_ID": "1"}, False, (0, 1, 0)),
+    "batch script without srun": ({"SLURM_JOB_ID": "1"}, False, (0, 1, 0)),
     "Open MPI": (
         {f"OMPI_COMM_WORLD_{n}": v for n, v in (("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "0"))},
         True,
@@ -36,17 +43,17 @@ LAUNCHERS = {  # environment, --dist_on_itp, (rank, processes, local rank)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_launchers(name):
+def test_launcher_variables(name):
     env, dist_on_itp, expected = LAUNCHERS[name]
     assert read_launcher(dict(env), dist_on_itp) == expected
 
 
-def test_slurm_without_address():
+def test_slurm_without_address_is_refused():
     with pytest.raises(ValueError, match="16 tasks but MASTER_ADDR and MASTER_PORT are not set"):
         read_launcher(dict(SLURM), False)
 
 
-def test_devices():
+def test_invalid_device_is_refused():
     assert choose_device("cpu", 3) == torch.device("cpu")
     with pytest.raises(ValueError, match="--device gpu is not a device"):
         choose_device("gpu", 0)
@@ -54,39 +61,39 @@ def test_devices():
         choose_device("meta", 0)
 
 
-def test_lost_peer_is_told_from_a_bug():
+def test_explain_lost_peer_ignores_errors_without_process_group():
     assert explain_lost_peer(RuntimeError("Connection closed by peer [127.0.0.1]:1")) is None
 
 
-def test_srun_environment_for_real(tmp_path):
-    """Two processes that only have SLURM's variables find each other."""
-    case = undisturbed("main_pretrain", 2)
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_NTASKS": "2"}
+def test_training_with_srun_variables(tmp_path):
+    """Two ranks with only SLURM's variables form a process group."""
+    case = uninterrupted_run("main_pretrain", 2)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_NTASKS": "2"}
     runs = []
     for rank in ("0", "1"):
-        env = where | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        env = shared | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
         out, steps = tmp_path / f"out.{rank}", tmp_path / f"steps.{rank}"
-        runs.append(warm.start(case.command(tmp_path), out, env, steps))
+        runs.append(fork_server.start(case.command(tmp_path), out, env, steps))
     assert [run.wait(120) for run in runs] == [0, 0], runs[0].text()
     case.check(tmp_path)
 
 
-def test_evaluation_does_not_depend_on_the_processes():
-    """12 pictures on one process, and 6 each on two: the same accuracy and loss."""
-    case = undisturbed("main_finetune")
-    seen = set()
+def test_evaluation_is_independent_of_world_size_and_batch_size():
+    """12 images on one rank, or 6 on each of two: the same accuracy and loss."""
+    case = uninterrupted_run("main_finetune")
+    results = set()
     for size, batch in ((1, 8), (1, 5), (2, 4), (2, 8)):
         flags = ["--eval", "--resume", case.folder / "checkpoint.pth", "--dist_eval"]
-        folder = scratch()
+        folder = make_temp_dir()
         line = case.command(folder, *flags, "--batch_size", batch)
-        runs = warm.start_group(size, line, folder)
+        runs = fork_server.start_group(size, line, folder)
         assert [run.wait() for run in runs] == [0] * size, runs[0].text()
-        seen.add(re.search(r"\* Acc@1 .*", runs[0].text())[0])
-    assert len(seen) == 1
+        results.add(re.search(r"\* Acc@1 .*", runs[0].text())[0])
+    assert len(results) == 1
 
 
-# SGD: AdamW makes whole steps of the rounding noise in gradients that are zero by the formula, such
-# as those of the keys' bias.
+# SGD, because AdamW amplifies rounding noise in gradients that are mathematically zero, such as
+# those of the key bias.
 STEP = """
 import argparse, os, sys
 import torch
@@ -99,13 +106,13 @@ distributed.init_distributed_mode(args)
 torch.manual_seed(0)
 options = dict(img_size=32, patch_size=8, decoder_depth=1, weight_fm=True, use_input=True)
 model = mae_vit_mini_patch4(**options)
-imgs, noise = torch.randn(3, 8, 3, 32, 32), torch.rand(3, 8, 16)  # 3 steps, 8 pictures
-own = slice(args.rank, None, args.world_size)
+imgs, noise = torch.randn(3, 8, 3, 32, 32), torch.rand(3, 8, 16)  # 3 steps, batch size 8
+shard = slice(args.rank, None, args.world_size)
 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
 scaler = NativeScalerWithGradNormCount(None, "cpu")
 wrapped = distributed.wrap_ddp(model, args.device, False)
 for step in range(3):
-    loss = wrapped(imgs[step, own], noise=noise[step, own])
+    loss = wrapped(imgs[step, shard], noise=noise[step, shard])
     norm = scaler(loss, optimizer)
     optimizer.zero_grad()
     mean = distributed.all_reduce_sum(loss.detach().clone()) / args.world_size
@@ -133,8 +140,8 @@ distributed.close()
 
 
 def start_ranks(code: str, size: int, *arguments) -> list[subprocess.Popen]:
-    """The code in one process, or in a group of several."""
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES}
+    """Run the code on one rank, or in a process group of several."""
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if size > 1:
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -150,14 +157,14 @@ def start_ranks(code: str, size: int, *arguments) -> list[subprocess.Popen]:
     ]
 
 
-def test_all_processes_evaluate_what_is_saved():
-    """BatchNorm's statistics differ between processes after a step; rank 0's are saved."""
+def test_buffers_are_broadcast_from_rank_0():
+    """BatchNorm statistics differ between ranks after a step; those of rank 0 are saved."""
     texts = [rank.communicate(timeout=120)[0] for rank in start_ranks(BUFFERS, 2)]
     assert texts == ["[5.0, 5.0]\n"] * 2
 
 
-def test_two_processes_equal_twice_the_batch(tmp_path):
-    """Given the pictures and the masks: losses, gradient norms and weights after three updates."""
+def test_two_ranks_match_one_with_twice_the_batch(tmp_path):
+    """Same images and masks: losses, gradient norms and weights after three optimizer steps."""
     results = {}
     for size in (1, 2):
         path = tmp_path / f"{size}.pth"
@@ -172,8 +179,8 @@ def test_two_processes_equal_twice_the_batch(tmp_path):
         torch.testing.assert_close(results[2][1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_arguments_of_the_group():
-    """Only what init_distributed_mode reads: a run of one process needs no address."""
+def test_single_process_needs_no_address():
+    """`args` has only what init_distributed_mode reads."""
     from util.distributed import init_distributed_mode
 
     args = argparse.Namespace(device="cpu", dist_on_itp=False, dist_url="env://", dist_timeout=5)
@@ -181,8 +188,8 @@ def test_arguments_of_the_group():
     assert (args.distributed, args.rank, args.world_size) == (False, 0, 1)
 
 
-def test_one_visible_gpu_per_task(monkeypatch):
-    """srun --gpus-per-task=1 shows every task its own GPU as number 0; else it would be shared."""
+def test_local_rank_without_its_own_gpu_is_refused(monkeypatch):
+    """With srun --gpus-per-task=1 each task sees its GPU as index 0; otherwise it is shared."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

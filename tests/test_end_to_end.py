@@ -1,4 +1,4 @@
-"""The path of a researcher with the real commands: pre-train, fine-tune, evaluate."""
+"""Pre-training, fine-tuning and evaluation by the real commands; invalid flags."""
 
 import json
 import os
@@ -23,12 +23,12 @@ CROSS = ["--cross_mae", "--weight_fm", "--use_input"]
 FINETUNE = ["--model", "vit_mini_patch4", *SMALL]
 
 
-def call(*command: str, processes: int = 0) -> str:
-    """Run a script of the project as a user would; its output. processes > 0: through torchrun."""
+def run_script(*command: str, num_ranks: int = 0) -> str:
+    """Output of a script run as a user would run it; num_ranks > 0: through torchrun."""
     launcher = [sys.executable]
-    if processes:
+    if num_ranks:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher = [*torchrun, f"--nproc_per_node={processes}"]
+        launcher = [*torchrun, f"--nproc_per_node={num_ranks}"]
     result = subprocess.run(
         [*launcher, *command],
         cwd=ROOT,
@@ -43,25 +43,25 @@ def call(*command: str, processes: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, image_folder):
-    """Folder with a pre-training and a fine-tuning run of 2 processes each, and their output."""
+def finished_runs(tmp_path_factory, image_folder):
+    """Folder of a pre-training and a fine-tuning run on 2 ranks each, and their output."""
     folder = tmp_path_factory.mktemp("runs")
     data = ["--data_path", str(image_folder)]
     out = {}
-    out["pretrain"] = call(
-        "main_pretrain.py", *PRETRAIN, *CROSS, *data, "--output_dir", f"{folder}/pre", processes=2
+    out["pretrain"] = run_script(
+        "main_pretrain.py", *PRETRAIN, *CROSS, *data, "--output_dir", f"{folder}/pre", num_ranks=2
     )
     pretrained = ["--finetune", f"{folder}/pre/checkpoint.pth"]
-    out["finetune"] = call(
+    out["finetune"] = run_script(
         *["main_finetune.py", *FINETUNE, *data, *pretrained, "--dist_eval"],
         *["--mixup", "0.8", "--cutmix", "1.0", "--output_dir", f"{folder}/fine"],
-        processes=2,
+        num_ranks=2,
     )
     return folder, out
 
 
-def test_pretraining_writes_what_users_look_for(finished):
-    folder, out = finished
+def test_pretraining_outputs(finished_runs):
+    folder, out = finished_runs
     formats = read_json("formats")
     lines = [json.loads(line) for line in (folder / "pre/log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
@@ -77,8 +77,8 @@ def test_pretraining_writes_what_users_look_for(finished):
     assert "lr = 0.001 × 4/256 × 0.75/0.75 = 1.56e-05" in out["pretrain"]
 
 
-def test_fine_tuning_writes_what_users_look_for(finished):
-    folder, out = finished
+def test_finetuning_outputs(finished_runs):
+    folder, out = finished_runs
     formats = read_json("formats")
     lines = [json.loads(line) for line in (folder / "fine/log.txt").read_text().splitlines()]
     assert set(formats["log_txt"]["finetune_keys"]) <= set(lines[1])
@@ -93,8 +93,8 @@ def test_fine_tuning_writes_what_users_look_for(finished):
     assert "Load pre-trained checkpoint from:" in out["finetune"]
 
 
-def test_evaluation_prints_the_documented_line(finished, image_folder):
-    folder, _ = finished
+def test_evaluation_prints_the_documented_line(finished_runs, image_folder):
+    folder, _ = finished_runs
     resume = [
         "--eval",
         "--resume",
@@ -102,7 +102,7 @@ def test_evaluation_prints_the_documented_line(finished, image_folder):
         "--data_path",
         str(image_folder),
     ]
-    out = call("main_finetune.py", *FINETUNE, *resume, "--output_dir", f"{folder}/nothing")
+    out = run_script("main_finetune.py", *FINETUNE, *resume, "--output_dir", f"{folder}/nothing")
     line = re.search(r"\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}\n", out)
     log = (folder / "fine/log.txt").read_text().splitlines()[-1]
     last = json.loads(log)
@@ -111,13 +111,13 @@ def test_evaluation_prints_the_documented_line(finished, image_folder):
 
 
 @pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py"])
-def test_help(script):
-    out = call(script, "--help")
+def test_help_lists_flags(script):
+    out = run_script(script, "--help")
     assert "--data_path" in out and "--epochs" in out
 
 
 NO_OUTPUT = ["--output_dir", ""]
-WRONG = {
+INVALID_FLAGS = {
     "kept_mask_ratio 0.9 exceeds": [main_pretrain, *PRETRAIN, *CROSS, "--kept_mask_ratio", "0.9"],
     "--mask_ratio is 1.5": [main_pretrain, *PRETRAIN, "--mask_ratio", "1.5"],
     "--kept_mask_ratio is 0.0": [main_pretrain, *PRETRAIN, "--kept_mask_ratio", "0"],
@@ -159,46 +159,46 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("sentence", WRONG)
-def test_wrong_flags_end_in_one_sentence(sentence, image_folder, tmp_path, capsys):
-    main, *flags = WRONG[sentence]
-    where = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "out")]
-    args = main.get_args_parser().parse_args([*where, *flags])
+@pytest.mark.parametrize("message", INVALID_FLAGS)
+def test_invalid_flags_give_one_line_error(message, image_folder, tmp_path, capsys):
+    main, *flags = INVALID_FLAGS[message]
+    paths = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "out")]
+    args = main.get_args_parser().parse_args([*paths, *flags])
     with pytest.raises(SystemExit) as stop:
         launch(main.main, args)
     assert stop.value.code == 1
     errors = [line for line in capsys.readouterr().out.splitlines() if "Error: " in line]
-    assert len(errors) == 1 and sentence in errors[0]
+    assert len(errors) == 1 and message in errors[0]
 
 
-def test_an_output_folder_that_is_a_file(image_folder, tmp_path, capsys):
+def test_output_dir_that_is_a_file_is_refused(image_folder, tmp_path, capsys):
     (tmp_path / "file").touch()
-    where = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "file")]
-    args = main_pretrain.get_args_parser().parse_args([*PRETRAIN, *CROSS, *where])
+    paths = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "file")]
+    args = main_pretrain.get_args_parser().parse_args([*PRETRAIN, *CROSS, *paths])
     with pytest.raises(SystemExit):
         launch(main_pretrain.main, args)
     assert "Cannot write to the output folder" in capsys.readouterr().out
 
 
-def test_a_pretrained_file_is_not_evaluated(finished, image_folder, capsys):
-    folder, _ = finished
+def test_eval_refuses_pretraining_checkpoint(finished_runs, image_folder, capsys):
+    folder, _ = finished_runs
     flags = ["--eval", "--resume", f"{folder}/pre/checkpoint.pth", "--data_path", str(image_folder)]
     with pytest.raises(SystemExit):
         launch(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
     assert "give it to --finetune instead of --resume" in capsys.readouterr().out
 
 
-def test_a_pretrained_file_predicts_nothing(finished, image_folder, capsys):
-    folder, _ = finished
+def test_predict_refuses_pretraining_checkpoint(finished_runs, image_folder, capsys):
+    folder, _ = finished_runs
     flags = ["--predict", str(image_folder), "--resume", f"{folder}/pre/checkpoint.pth"]
     with pytest.raises(SystemExit):
         launch(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
     assert "--predict needs a fine-tuned one" in capsys.readouterr().out
 
 
-def test_the_flag_that_differs_is_named(finished, image_folder, capsys):
-    """A file that fits another model says with which flags it was trained."""
-    folder, _ = finished
+def test_mismatched_flag_is_named(finished_runs, image_folder, capsys):
+    """The error for a checkpoint of another model names the flags it was trained with."""
+    folder, _ = finished_runs
     flags = ["--eval", "--resume", f"{folder}/fine/checkpoint.pth", "--data_path"]
     flags += [str(image_folder), "--input_size", "64"]
     with pytest.raises(SystemExit):
@@ -206,33 +206,33 @@ def test_the_flag_that_differs_is_named(finished, image_folder, capsys):
     assert "it was trained with --input_size 32: use the same" in capsys.readouterr().out
 
 
-def test_a_fresh_run_lays_the_log_of_another_aside(image_folder, tmp_path, capsys):
-    """Two runs in one folder are never one log; one that is complete says so."""
-    where = ["--data_path", str(image_folder), "--output_dir", str(tmp_path)]
-    flags = [*PRETRAIN, *CROSS, *where]
+def test_new_run_moves_files_of_previous_run(image_folder, tmp_path, capsys):
+    """Two runs in one folder have separate logs; resuming a complete run does nothing."""
+    paths = ["--data_path", str(image_folder), "--output_dir", str(tmp_path)]
+    flags = [*PRETRAIN, *CROSS, *paths]
     for more in ([], [], ["--resume", "auto"]):
         launch(main_pretrain.main, main_pretrain.get_args_parser().parse_args([*flags, *more]))
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").open()]
-    (aside,) = tmp_path.glob("log-until-*.txt")
-    assert epochs == [json.loads(line)["epoch"] for line in aside.open()] == [0, 1]
+    (moved,) = tmp_path.glob("previous-*/log.txt")
+    assert epochs == [json.loads(line)["epoch"] for line in moved.open()] == [0, 1]
     out = capsys.readouterr().out
-    assert "The log of the previous run is now" in out
+    assert "files of an earlier run in" in out
     assert "Nothing to do" in out.splitlines()[-2]
 
 
-@pytest.mark.slow  # the compiler itself, in two processes: one to three minutes
-def test_compiled_training_gives_the_same_losses(image_folder, tmp_path):
-    """Two processes, accumulation, partial prediction; a plain run goes on from a compiled one."""
+@pytest.mark.slow  # compiles on two ranks: one to three minutes
+def test_compiled_training_matches_uncompiled_losses(image_folder, tmp_path):
+    """Two ranks, accumulation, partial prediction; an uncompiled run resumes a compiled one."""
     losses = {}
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         run_flags = [*PRETRAIN, *CROSS, "--kept_mask_ratio", "0.25", "--accum_iter", "2", *flags]
         data = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / name)]
-        out = call("main_pretrain.py", *run_flags, *data, processes=2)
+        out = run_script("main_pretrain.py", *run_flags, *data, num_ranks=2)
         assert ("First step:" in out) == (name == "compiled")
         log = (tmp_path / name / "log.txt").read_text().splitlines()
         losses[name] = [json.loads(line)["train_loss"] for line in log]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
     flags = [*PRETRAIN, *CROSS, "--epochs", "3", "--resume", "auto"]
     data = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "compiled")]
-    out = call("main_pretrain.py", *flags, *data)
+    out = run_script("main_pretrain.py", *flags, *data)
     assert "Epoch: [2]" in out and "Epoch: [1]" not in out

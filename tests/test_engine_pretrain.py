@@ -1,4 +1,4 @@
-"""The pre-training loop: whole stored runs, accumulation, and the lines it logs."""
+"""Pre-training loop: stored runs, accumulation, non-finite losses, logged lines."""
 
 import logging
 import re
@@ -8,12 +8,12 @@ import pytest
 import torch
 from parity_data import (
     assert_match,
-    assert_rates_match,
-    build_loaded,
+    assert_match_relative,
+    build_with_weights,
+    load_tensors,
     parity_cases,
-    part,
     read_json,
-    tensors_of,
+    select,
 )
 from torch import nn
 
@@ -26,59 +26,59 @@ from util.run.train_log import TrainLog
 CPU = torch.device("cpu")
 
 
-class FedWithNoise(nn.Module):
-    """Hands the next stored noise to the model; keeps each loss and the rates at the call."""
+class ModelWithNoise(nn.Module):
+    """Passes the next stored noise to the model; records each loss and the learning rates."""
 
     def __init__(self, model: nn.Module, noise, optimizer):
         super().__init__()
         self.model, self.optimizer = model, optimizer
         self.noise = iter(noise)
-        self.losses, self.rates = [], []
+        self.losses, self.lrs = [], []
 
     def forward(self, imgs, **ratios):
-        self.rates.append([group["lr"] for group in self.optimizer.param_groups])
+        self.lrs.append([group["lr"] for group in self.optimizer.param_groups])
         loss = self.model(imgs, noise=next(self.noise), **ratios)
         self.losses.append(loss.item())
         return loss
 
 
-def optimizer_of(case: dict, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(case: dict, model: nn.Module) -> torch.optim.Optimizer:
     groups = param_groups_weight_decay(model, case["weight_decay"])
     if case["optimizer"] == "sgd":
         return torch.optim.SGD(groups, lr=case["args"]["lr"])
     return torch.optim.AdamW(groups, lr=case["args"]["lr"], betas=case["betas"])
 
 
-def settings(**changes) -> Namespace:
-    """A constant rate, so that nothing depends on the length of an epoch."""
+def make_args(**changes) -> Namespace:
+    """A constant learning rate, so that nothing depends on the length of an epoch."""
     constant = dict(lr=0.1, min_lr=0.1, warmup_epochs=0, epochs=2, accum_iter=1)
     return Namespace(**(constant | dict(mask_ratio=0.75, kept_mask_ratio=0.5) | changes))
 
 
 @pytest.mark.parametrize("case", parity_cases("trajectory", "trajectory_pretrain"))
-def test_stored_run(case):
-    """Loss and rate of every iteration, epoch means, and the final weights where stored."""
-    tensors, args = tensors_of(case), Namespace(**case["args"])
-    model = build_loaded(case, tensors)
-    optimizer = optimizer_of(case, model)
-    fed = FedWithNoise(model, tensors["noise"], optimizer)
+def test_run_matches_stored_values(case):
+    """Loss and learning rate of every iteration, epoch means, final weights if stored."""
+    tensors, args = load_tensors(case), Namespace(**case["args"])
+    model = build_with_weights(case, tensors)
+    optimizer = make_optimizer(case, model)
+    wrapped = ModelWithNoise(model, tensors["noise"], optimizer)
     scaler, steps = NativeScalerWithGradNormCount(), case["iters_per_epoch"]
     for epoch, batches in enumerate(case["batches"]):
         loader = [(tensors["imgs"][batch], torch.zeros(len(batch))) for batch in batches]
-        stats = train_one_epoch(fed, loader, optimizer, CPU, epoch, scaler, args=args)
+        stats = train_one_epoch(wrapped, loader, optimizer, CPU, epoch, scaler, args=args)
         this_epoch = slice(epoch * steps, (epoch + 1) * steps)
-        mean_loss, mean_rate = (sum(case[k][this_epoch]) / steps for k in ("losses", "lrs"))
+        mean_loss, mean_lr = (sum(case[k][this_epoch]) / steps for k in ("losses", "lrs"))
         assert_match(stats["loss"], mean_loss, "mean loss of an epoch", 1e-5, 0)
-        assert_rates_match(stats["lr"], mean_rate, "mean rate of an epoch", 1e-6)
-    assert_match(fed.losses, case["losses"], "loss of every iteration", 1e-5, 0)
-    for rates, expected in zip(fed.rates, case["lrs"], strict=True):
-        assert_rates_match(rates, [expected] * len(rates), "rate of every iteration")
-    state, final = model.state_dict(), part(tensors, "final")
+        assert_match_relative(stats["lr"], mean_lr, "mean learning rate of an epoch", 1e-6)
+    assert_match(wrapped.losses, case["losses"], "loss of every iteration", 1e-5, 0)
+    for lrs, expected in zip(wrapped.lrs, case["lrs"], strict=True):
+        assert_match_relative(lrs, [expected] * len(lrs), "learning rate of every iteration")
+    state, final = model.state_dict(), select(tensors, "final")
     for name, expected in final.items():
-        ours = state[name]
-        if name.endswith(("qkv.bias", "kv.bias")):  # gradient of a key bias is rounding noise
-            ours, expected = (without_key(t, "qkv" in name) for t in (ours, expected))
-        assert_match(ours, expected, f"final weight: {name}", atol=5e-5, rtol=0)
+        actual = state[name]
+        if name.endswith(("qkv.bias", "kv.bias")):  # gradient of the key bias is rounding noise
+            actual, expected = (without_key(t, "qkv" in name) for t in (actual, expected))
+        assert_match(actual, expected, f"final weight: {name}", atol=5e-5, rtol=0)
 
 
 def without_key(bias: torch.Tensor, fused_qkv: bool) -> torch.Tensor:
@@ -89,60 +89,60 @@ def without_key(bias: torch.Tensor, fused_qkv: bool) -> torch.Tensor:
     return bias.chunk(2)[1]
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
+def build_sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def train(optimizer, model, batches, noise, epoch=0, **changes) -> None:
-    """An epoch on these batches with this noise."""
-    fed = FedWithNoise(model, noise, optimizer)
+    """Train an epoch on these batches with this noise."""
+    wrapped = ModelWithNoise(model, noise, optimizer)
     loader = [(imgs, torch.zeros(len(imgs))) for imgs in batches]
     scaler = NativeScalerWithGradNormCount()
-    train_one_epoch(fed, loader, optimizer, CPU, epoch, scaler, args=settings(**changes))
+    train_one_epoch(wrapped, loader, optimizer, CPU, epoch, scaler, args=make_args(**changes))
 
 
-def assert_same_weights(one: nn.Module, other: nn.Module, atol: float = 1e-6) -> None:
-    for (name, ours), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=atol, rtol=0, msg=name)
+def assert_same_weights(model: nn.Module, expected: nn.Module, atol: float = 1e-6) -> None:
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=atol, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["tiny_cross", "tiny_mae"])
-def test_accumulation_equals_a_large_batch(request, kind):
-    """Two updates from four small batches each move the weights as two large batches do."""
-    build = request.getfixturevalue(kind)
+@pytest.mark.parametrize("factory", ["tiny_cross", "tiny_mae"])
+def test_accumulation_matches_large_batch(request, factory):
+    """Two optimizer steps from four small batches each equal two from large batches."""
+    build = request.getfixturevalue(factory)
     imgs, noise = torch.randn(16, 3, 32, 32), torch.rand(16, 16)
     accumulated, large = build(), build()
-    train(sgd(accumulated), accumulated, imgs.split(2), noise.split(2), accum_iter=4)
-    train(sgd(large), large, imgs.split(8), noise.split(8))
+    train(build_sgd(accumulated), accumulated, imgs.split(2), noise.split(2), accum_iter=4)
+    train(build_sgd(large), large, imgs.split(8), noise.split(8))
     assert_same_weights(accumulated, large)
     assert not accumulated.decoder_pred.weight.equal(build().decoder_pred.weight)
 
 
-def test_incomplete_accumulation_does_not_leak(tiny_cross):
-    """The odd third batch of epoch 0 changes neither the weights nor epoch 1."""
+def test_incomplete_accumulation_is_discarded(tiny_cross):
+    """The incomplete third batch of epoch 0 changes neither the weights nor epoch 1."""
     imgs, noise = torch.randn(5, 2, 3, 32, 32), torch.rand(5, 2, 16)
-    with_odd, without = tiny_cross(), tiny_cross()
-    for model, first in ((with_odd, [0, 1, 2]), (without, [0, 1])):
-        optimizer = sgd(model)
+    with_incomplete, without = tiny_cross(), tiny_cross()
+    for model, first in ((with_incomplete, [0, 1, 2]), (without, [0, 1])):
+        optimizer = build_sgd(model)
         for epoch, ids in enumerate((first, [3, 4])):
             train(optimizer, model, imgs[ids], noise[ids], epoch, accum_iter=2)
-    assert_same_weights(with_odd, without, atol=0)
+    assert_same_weights(with_incomplete, without, atol=0)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_cross):
-    """With the line users search for, and the weights as they were."""
+def test_nonfinite_loss_stops_the_run(tiny_cross):
+    """With the error message of the public code, and unchanged weights."""
     imgs = torch.full((2, 3, 32, 32), float("nan"))
     model = tiny_cross()
     with pytest.raises(NonFiniteLoss, match="Loss is nan, stopping training"):
-        train(sgd(model), model, [imgs], [torch.rand(2, 16)])
+        train(build_sgd(model), model, [imgs], [torch.rand(2, 16)])
     assert_same_weights(model, tiny_cross(), atol=0)
 
 
 def test_logged_lines(tiny_cross, caplog):
-    """Progress every 20 iterations and at the end, then the epoch's means, in their form."""
+    """Progress every 20 iterations and at the end, then the averages of the epoch, as published."""
     caplog.set_level(logging.INFO)
     model = tiny_cross()
-    train(sgd(model), model, torch.randn(23, 1, 3, 32, 32), torch.rand(23, 1, 16), epoch=1)
+    train(build_sgd(model), model, torch.randn(23, 1, 3, 32, 32), torch.rand(23, 1, 16), epoch=1)
     lines = [record.getMessage() for record in caplog.records]
     progress = re.compile(read_json("formats")["train_lines"]["regex"])
     found = [match for line in lines if (match := progress.search(line))]
@@ -155,22 +155,22 @@ def test_logged_lines(tiny_cross, caplog):
 
 
 @pytest.mark.parametrize("bad", [0, 1])
-def test_a_bad_batch_spoils_one_update(tiny_cross, bad):
-    """With accumulation it counts as one skipped step, whichever batch of the update it is."""
+def test_nonfinite_batch_skips_one_optimizer_step(tiny_cross, bad):
+    """With accumulation, any non-finite batch of an optimizer step counts as one skipped step."""
     imgs, noise = torch.randn(4, 2, 3, 32, 32), torch.rand(4, 2, 16)
     imgs[bad] = float("nan")
     model = tiny_cross()
-    train(sgd(model), model, imgs, noise, accum_iter=2, skip_nonfinite=1)
+    train(build_sgd(model), model, imgs, noise, accum_iter=2, skip_nonfinite=1)
     assert not model.decoder_pred.weight.equal(tiny_cross().decoder_pred.weight)
     assert all(p.isfinite().all() for p in model.parameters())
     with pytest.raises(NonFiniteLoss):
-        train(sgd(model), model, imgs, noise, accum_iter=2, skip_nonfinite=0)
+        train(build_sgd(model), model, imgs, noise, accum_iter=2, skip_nonfinite=0)
 
 
-def test_overflows_of_loss_scaling_are_not_averaged():
-    """A step that fp16's scaler leaves out has no gradient norm."""
+def test_gradient_norms_of_overflows_are_not_averaged():
+    """A step skipped by the fp16 loss scaler has no gradient norm."""
     scaler = NativeScalerWithGradNormCount(torch.float16, "cpu")
-    log = TrainLog(0, range(2), "loss", None, scaler, settings())
+    log = TrainLog(0, range(2), "loss", None, scaler, make_args())
     for iteration, norm in enumerate((float("inf"), 3.0)):
-        log.add(iteration, sgd(nn.Linear(1, 1)), torch.tensor(1.0), torch.tensor(norm))
+        log.add(iteration, build_sgd(nn.Linear(1, 1)), torch.tensor(1.0), torch.tensor(norm))
     assert log.metrics.averages()["grad_norm"] == 3

@@ -1,24 +1,24 @@
-"""Full-size models with weights made by a formula: losses, outputs, first blocks alone."""
+"""Full-size models with formula weights: losses, outputs, and first blocks separately."""
 
 import importlib
 
 import numpy as np
 import pytest
 import torch
-from parity_data import assert_match, formula_weights, parity_cases, uniform
+from parity_data import assert_match, make_formula_weights, parity_cases, uniform
 
 ATOL = 1e-4
 
 
-def factory_of(case):
+def get_factory(case):
     return getattr(importlib.import_module(case["module"]), case["factory"])
 
 
-def build_by_formula(case):
-    """The model of a case; the frozen position tables stay as constructed."""
-    model = factory_of(case)(**case["kwargs"]).eval()
+def build_with_formula_weights(case):
+    """The model of a case; frozen position embeddings stay as constructed."""
+    model = get_factory(case)(**case["kwargs"]).eval()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    result = model.load_state_dict(formula_weights(trainable, case["seed"]), strict=False)
+    result = model.load_state_dict(make_formula_weights(trainable, case["seed"]), strict=False)
     assert set(result.missing_keys) <= {"pos_embed", "decoder_pos_embed"}
     return model
 
@@ -26,8 +26,8 @@ def build_by_formula(case):
 @pytest.mark.parametrize("case", parity_cases("factories", "factory"))
 @torch.no_grad()
 def test_full_size_output(case):
-    """One picture through a public model: loss and predictions, or logits."""
-    model = build_by_formula(case)
+    """Loss and predictions, or logits, of one image."""
+    model = build_with_formula_weights(case)
     side = model.patch_embed.img_size[0]
     imgs = uniform(case["seed"], -2, 2, (1, 3, side, side))
     if case["call"] is None:
@@ -53,29 +53,29 @@ def test_full_size_output(case):
 @pytest.mark.parametrize("case", parity_cases("factories", "factory_block"))
 @torch.no_grad()
 def test_first_block(case):
-    """The first encoder and decoder block of every factory: fixes its heads, mlp ratio and eps."""
+    """First encoder and decoder block of every factory: determines heads, mlp ratio and eps."""
     with torch.device("meta"):
-        model = factory_of(case)(**case["kwargs"])
+        model = get_factory(case)(**case["kwargs"])
     lists = {"encoder": "blocks", "decoder": "decoder_blocks"}
-    for part, expected in case["blocks"].items():
-        prefix = f"{lists[part]}.0."
-        block = getattr(model, lists[part])[0].to_empty(device="cpu").eval()
-        named = [(prefix + name, tensor) for name, tensor in block.state_dict().items()]
-        weights = formula_weights(named, case["seed"])
-        block.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items()})
+    for name, expected in case["blocks"].items():
+        prefix = f"{lists[name]}.0."
+        block = getattr(model, lists[name])[0].to_empty(device="cpu").eval()
+        named = [(prefix + key, tensor) for key, tensor in block.state_dict().items()]
+        weights = make_formula_weights(named, case["seed"])
+        block.load_state_dict({key.removeprefix(prefix): w for key, w in weights.items()})
         inputs = [uniform(case["seed"] + 5, -2, 2, expected["x_shape"]) * 0.003]
-        if part == "decoder" and case["module"] == "models_cross":
+        if name == "decoder" and case["module"] == "models_cross":
             width = model.pos_embed.shape[-1]
             inputs.append(uniform(case["seed"] + 6, -2, 2, (1, 5, width)))
         out = block(*inputs)[0]
         first = torch.tensor(expected["out_first"])
         rows, columns = first.shape
-        assert_match(out[:rows, :columns], first, f"{part} block", ATOL, 0)
+        assert_match(out[:rows, :columns], first, f"{name} block", ATOL, 0)
         check_mean_and_std(out, expected["out_mean"], expected["out_std"])
 
 
 def check_mean_and_std(values, mean: float, std: float) -> None:
     assert_match(values.mean().item(), mean, "mean of the output", ATOL, 0)
-    # The stored value does not say which of the two it is.
-    deviations = [values.std(correction=correction).item() for correction in (0, 1)]
-    assert min(abs(deviation - std) for deviation in deviations) <= ATOL
+    # Whether the stored std is the biased or the unbiased one is unknown.
+    stds = [values.std(correction=correction).item() for correction in (0, 1)]
+    assert min(abs(actual - std) for actual in stds) <= ATOL

@@ -1,4 +1,4 @@
-"""util/io/files.py: files are whole or as before."""
+"""Atomic writes and hard links with their fallback."""
 
 import os
 
@@ -8,29 +8,26 @@ from util.io.errors import UserError
 from util.io.files import atomic_write, link_or_copy
 
 
-def test_a_file_is_whole_or_as_before(tmp_path):
+def test_atomic_write_completes_or_keeps_the_old_file(tmp_path):
     path = tmp_path / "new" / "out.csv"
-    with atomic_write(path) as waiting:
-        waiting.write_text("first")
-        waiting.chmod(0o600)
+    with atomic_write(path) as tmp_file:
+        tmp_file.write_text("first")
+        tmp_file.chmod(0o600)
         assert not path.exists()
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-    with (
-        pytest.raises(RuntimeError, match="on the way"),
-        atomic_write(path) as waiting,
-    ):
-        waiting.write_text("second, ha")
-        raise RuntimeError("on the way")
+    with pytest.raises(RuntimeError, match="failed midway"), atomic_write(path) as tmp_file:
+        tmp_file.write_text("second, ha")
+        raise RuntimeError("failed midway")
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
     for bad in (path.parent, path / "below a file"):
         with pytest.raises(UserError, match="Cannot write"), atomic_write(bad):
-            pytest.fail("the block must not begin")
+            pytest.fail("the block must not run")
 
 
-def test_copy_where_links_are_unknown(tmp_path, monkeypatch):
-    """Some network and memory-stick file systems know no second names; a mock stands for one."""
+def test_link_or_copy_copies_without_hard_links(tmp_path, monkeypatch):
+    """Some network and FAT file systems lack hard links; simulated with a mock."""
 
     def refuse(*_):
         raise OSError(1, "Operation not permitted")

@@ -1,4 +1,4 @@
-"""What main_finetune.py does besides fine-tuning: linear probe, report, predictions."""
+"""main_finetune.py besides fine-tuning: linear probing, reports, predictions, unused flags."""
 
 import csv
 
@@ -18,7 +18,7 @@ MODEL = ["--model", "vit_mini_patch4", *SMALL]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, image_folder):
-    """A folder with a pre-trained run (pre/) and a fine-tuned one (fine/)."""
+    """A folder with a pre-training run (pre/) and a fine-tuning run (fine/)."""
     folder = tmp_path_factory.mktemp("tasks")
     data = ["--data_path", str(image_folder), "--epochs", "1", "--warmup_epochs", "0"]
     flags = ["--model", "mae_vit_mini_patch4", "--cross_mae", "--weight_fm", *SMALL, *data]
@@ -29,8 +29,8 @@ def runs(tmp_path_factory, image_folder):
     return folder
 
 
-def test_a_fine_tuned_file_gives_its_encoder_and_not_its_head(runs, image_folder, caplog):
-    """--finetune initializes a new head even where the one in the file would fit, and says so."""
+def test_finetune_from_classifier_initializes_new_head(runs, image_folder, caplog):
+    """--finetune ignores a head in the checkpoint even if it fits, and reports it."""
     flags = [*MODEL, "--data_path", str(image_folder), "--finetune", f"{runs}/fine/checkpoint.pth"]
     args = main_finetune.parse_args([*flags, "--epochs", "1", "--output_dir", ""])
     args.nb_classes = 2
@@ -44,7 +44,7 @@ def test_a_fine_tuned_file_gives_its_encoder_and_not_its_head(runs, image_folder
     assert torch.equal(model.fc_norm.weight, trained["fc_norm.weight"])
 
 
-def test_a_linear_probe_leaves_the_encoder_as_it_is(runs, image_folder, tmp_path, capsys):
+def test_linear_probe_keeps_the_encoder_frozen(runs, image_folder, tmp_path, capsys):
     flags = [*MODEL, "--linear_probe", "--finetune", f"{runs}/pre/checkpoint.pth", "--lr", "1"]
     flags += ["--data_path", str(image_folder), "--epochs", "2", "--warmup_epochs", "0"]
     main_finetune.main(main_finetune.parse_args([*flags, "--output_dir", str(tmp_path)]))
@@ -56,15 +56,17 @@ def test_a_linear_probe_leaves_the_encoder_as_it_is(runs, image_folder, tmp_path
     assert all(torch.equal(before[name], after[name]) for name in shared)
     assert "head.1.weight" in after and "head.0.running_mean" in after
     assert after["head.1.bias"].abs().max() > 0 and after["head.0.num_batches_tracked"] == 4
-    assert "norm.weight" in after and "fc_norm.weight" not in after  # the class token is read
-    assert "number of params (M): 0.00" in out  # the head alone
+    assert (
+        "norm.weight" in after and "fc_norm.weight" not in after
+    )  # the head reads the class token
+    assert "number of params (M): 0.00" in out  # only the head is trainable
 
     evaluation = [*MODEL, "--linear_probe", "--eval", "--resume", str(tmp_path / "checkpoint.pth")]
     main_finetune.main(main_finetune.parse_args([*evaluation, "--data_path", str(image_folder)]))
     assert "* Acc@1" in capsys.readouterr().out
 
 
-def test_the_probe_has_the_published_defaults_and_obeys_flags():
+def test_linear_probe_defaults_and_overrides():
     args = main_finetune.parse_args(["--linear_probe", "--finetune", "x"])
     assert (args.blr, args.epochs, args.warmup_epochs, args.weight_decay) == (0.1, 90, 10, 0.0)
     assert args.global_pool is False and args.aa == "" and args.reprob == 0
@@ -72,7 +74,7 @@ def test_the_probe_has_the_published_defaults_and_obeys_flags():
     assert main_finetune.parse_args([]).epochs == 50
 
 
-def test_report(runs, image_folder, tmp_path, capsys):
+def test_report_files(runs, image_folder, tmp_path, capsys):
     flags = [*MODEL, "--eval", "--resume", f"{runs}/fine/checkpoint.pth"]
     flags += ["--data_path", str(image_folder), "--report", str(tmp_path / "report")]
     start_logging()
@@ -88,7 +90,7 @@ def test_report(runs, image_folder, tmp_path, capsys):
     assert "Acc@5 says nothing with 2 classes" in out
 
 
-def test_predict_reads_everything_from_the_checkpoint(runs, image_folder, tmp_path):
+def test_predict_takes_model_and_classes_from_checkpoint(runs, image_folder, tmp_path):
     flags = ["--predict", str(image_folder / "val"), "--resume", f"{runs}/fine/checkpoint.pth"]
     flags += ["--num_workers", "0", "--device", "cpu", "--output_dir", str(tmp_path)]
     main_finetune.main(main_finetune.parse_args(flags))
@@ -97,8 +99,8 @@ def test_predict_reads_everything_from_the_checkpoint(runs, image_folder, tmp_pa
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
 
 
-def test_a_table_that_is_not_of_the_noted_size(tiny_mae, tiny_vit, tmp_path):
-    """The public MAE baseline notes an --input_size that it does not use; its table is square."""
+def test_pos_embed_size_overrides_stored_input_size(tiny_mae, tiny_vit, tmp_path):
+    """The public MAE baseline stores an --input_size it does not use; its grid is square."""
     weights = {"model": tiny_mae().state_dict(), "args": {"input_size": 448}}
     torch.save(weights, tmp_path / "mae.pth")
     model = tiny_vit()
@@ -106,7 +108,7 @@ def test_a_table_that_is_not_of_the_noted_size(tiny_mae, tiny_vit, tmp_path):
     assert model.pos_embed.equal(weights["model"]["pos_embed"])
 
 
-IDLE = {  # a flag that does nothing: with which others
+UNUSED_FLAGS = {  # flag without effect: command line
     "color_jitter": ["--color_jitter", "0.4"],
     "mixup_prob": ["--mixup_prob", "0.5"],
     "layer_decay": ["--layer_decay", "0.5", "--eval", "--resume", "x.pth"],
@@ -115,7 +117,7 @@ IDLE = {  # a flag that does nothing: with which others
 }
 
 
-@pytest.mark.parametrize("name", IDLE)
-def test_a_flag_that_does_nothing_is_named(name, caplog):
-    main_finetune.check_args(main_finetune.parse_args(["--data_path", "x", *IDLE[name]]))
+@pytest.mark.parametrize("name", UNUSED_FLAGS)
+def test_flag_without_effect_is_reported(name, caplog):
+    main_finetune.check_args(main_finetune.parse_args(["--data_path", "x", *UNUSED_FLAGS[name]]))
     assert f"--{name} does nothing here" in caplog.text

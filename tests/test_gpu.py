@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped elsewhere; scripts/gpu_check.sh runs it and the benchmark."""
+"""Checks that need a GPU, skipped otherwise; run by scripts/gpu_check.sh."""
 
 import os
 import subprocess
@@ -22,17 +22,17 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
-def exact_products():
-    """Products of float32 in float32, not TF32."""
+def disable_tf32():
+    """Compute float32 matrix products in float32."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
-def test_loss_and_gradients_equal_the_cpu_in_float32(which, request):
-    model = request.getfixturevalue(which)()
+@pytest.mark.parametrize("factory", ["tiny_cross", "tiny_mae"])
+def test_float32_loss_and_gradients_match_cpu(factory, request):
+    model = request.getfixturevalue(factory)()
     imgs, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
     losses, grads = [], []
     for device in (torch.device("cpu"), GPU):
@@ -48,26 +48,26 @@ def test_loss_and_gradients_equal_the_cpu_in_float32(which, request):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("flash", [False, True])
-def test_half_precision_is_as_close_as_the_textbook(tiny_cross, dtype, flash):
+def test_half_precision_error_is_that_of_the_reference(tiny_cross, dtype, flash):
     model = tiny_cross(attention_backend=get_attention_backend(flash, GPU, dtype)).to(GPU)
     imgs = torch.randn(8, 3, 32, 32, device=GPU)
     noise = torch.rand(8, 16, device=GPU)
     exact = reference_loss(model, imgs, 0.75, 0.75, noise).item()
     with torch.autocast("cuda", dtype):
-        ours = model(imgs, noise=noise)
-        book = reference_loss(model, imgs, 0.75, 0.75, noise)
-    assert abs(ours.item() - exact) <= 2 * abs(book.item() - exact) + 1e-3
-    ours.backward()
+        loss = model(imgs, noise=noise)
+        expected = reference_loss(model, imgs, 0.75, 0.75, noise)
+    assert abs(loss.item() - exact) <= 2 * abs(expected.item() - exact) + 1e-3
+    loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_the_flash_package_is_found_if_installed():
+def test_flash_attn_is_used_if_installed():
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     if torch.cuda.get_device_capability(GPU) >= (8, 0):
         assert isinstance(get_attention_backend(True, GPU, torch.bfloat16), FlashPackageBackend)
 
 
-def test_a_step_does_not_wait_for_the_device(tiny_cross):
+def test_training_step_does_not_synchronize(tiny_cross):
     model = tiny_cross().to(GPU)
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     optimizer = build_adamw(groups, 1e-4, (0.9, 0.95))
@@ -81,14 +81,14 @@ def test_a_step_does_not_wait_for_the_device(tiny_cross):
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    torch.cuda.set_sync_debug_mode("error")  # any wait raises
+    torch.cuda.set_sync_debug_mode("error")  # raise on any synchronization
     try:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_compiled_blocks_give_the_same_loss(tiny_cross):
+def test_compiled_blocks_match_uncompiled_loss(tiny_cross):
     model = tiny_cross().to(GPU)
     imgs, noise = torch.randn(4, 3, 32, 32, device=GPU), torch.rand(4, 16, device=GPU)
     expected = model(imgs, noise=noise).item()
@@ -98,18 +98,12 @@ def test_compiled_blocks_give_the_same_loss(tiny_cross):
     assert abs(loss.item() - expected) < 1e-4
 
 
-def test_training_through_torchrun_with_nccl(image_folder, tmp_path):
+def test_torchrun_training_uses_nccl(image_folder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     command += "main_pretrain.py --model mae_vit_mini_patch4 --input_size 32 --cross_mae".split()
     command += "--weight_fm --use_input --batch_size 4 --epochs 2 --warmup_epochs 1".split()
-    command += [
-        "--num_workers",
-        "2",
-        "--data_path",
-        str(image_folder),
-        "--output_dir",
-        str(tmp_path),
-    ]
+    command += ["--num_workers", "2", "--data_path", str(image_folder)]
+    command += ["--output_dir", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ}
     )

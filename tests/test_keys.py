@@ -1,16 +1,16 @@
-"""State dicts of all public models: published checkpoints load strictly only if these agree."""
+"""State dicts of all public models: strict loading of published checkpoints requires equality."""
 
 import importlib
 
 import pytest
 import torch
-from parity_data import note, parity_cases
+from parity_data import parity_cases, record
 from torch import nn
 
 
 @pytest.mark.parametrize("case", parity_cases("keys", "keys"))
 def test_state_dict(case):
-    """Names, shapes, order, counts, frozen tensors, LayerNorm eps and heads, without any memory."""
+    """Names, shapes, order, counts, frozen tensors, LayerNorm eps and heads, on the meta device."""
     with torch.device("meta"):
         factory = getattr(importlib.import_module(case["module"]), case["factory"])
         model = factory(**case["kwargs"])
@@ -23,12 +23,12 @@ def test_state_dict(case):
     assert [name for name, p in params.items() if not p.requires_grad] == case["frozen"]
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     assert sorted({norm.eps for norm in norms}) == case["layernorm_eps"]
-    assert heads(model.blocks) == case["heads"]
+    assert head_counts(model.blocks) == case["heads"]
     if case["decoder_heads"]:
-        assert heads(model.decoder_blocks) == case["decoder_heads"]
-    note("names, shapes, order, counts, eps, heads")
+        assert head_counts(model.decoder_blocks) == case["decoder_heads"]
+    record("names, shapes, order, counts, eps, heads")
 
 
-def heads(blocks: nn.ModuleList) -> list[int]:
-    """The numbers of heads that occur in these blocks."""
+def head_counts(blocks: nn.ModuleList) -> list[int]:
+    """The distinct num_heads in these blocks."""
     return sorted({m.num_heads for m in blocks.modules() if hasattr(m, "num_heads")})

@@ -1,16 +1,16 @@
-"""Parameter groups: their order numbers the tensors of a saved optimizer state."""
+"""Parameter groups: their order determines the tensor indices of a saved optimizer state."""
 
 import importlib
 
 import pytest
 import torch
-from parity_data import assert_rates_match, note, parity_cases
+from parity_data import assert_match_relative, parity_cases, record
 
 from util.lr_decay import param_groups_lrd, param_groups_weight_decay
 
 
-def described(model, groups, *entries: str) -> list[dict]:
-    """The groups with parameter names in place of parameters, and these entries."""
+def describe_groups(model, groups, *entries: str) -> list[dict]:
+    """These entries of each group, and the names of its parameters."""
     names = {id(param): name for name, param in model.named_parameters()}
     return [
         {entry: group[entry] for entry in entries}
@@ -26,7 +26,7 @@ def build_on_meta(module: str, case: dict):
 
 @pytest.mark.parametrize("case", parity_cases("schedules", "lrd"))
 def test_layer_decay_groups(case):
-    """28 groups of ViT-B: rates, decay, members, all in order."""
+    """28 groups of ViT-B: lr_scale, weight decay and parameters, in order."""
     model = build_on_meta("models_vit", case)
     assert set(model.no_weight_decay()) <= set(case["no_weight_decay_names"])
     assert {"cls_token", "pos_embed"} <= set(model.no_weight_decay())
@@ -34,25 +34,25 @@ def test_layer_decay_groups(case):
         model, case["weight_decay"], model.no_weight_decay(), case["layer_decay"]
     )
     assert len(groups) == case["num_groups"]
-    for ours, theirs in zip(
-        described(model, groups, "lr_scale", "weight_decay"), case["groups"], strict=True
-    ):
-        assert_rates_match(ours.pop("lr_scale"), theirs.pop("lr_scale"), "scale of a group")
-        assert ours == theirs
-        note("members of a group, in order")
+    described = describe_groups(model, groups, "lr_scale", "weight_decay")
+    for group, expected in zip(described, case["groups"], strict=True):
+        assert_match_relative(
+            group.pop("lr_scale"), expected.pop("lr_scale"), "lr_scale of a group"
+        )
+        assert group == expected
+        record("members of a group, in order")
 
 
 @pytest.mark.parametrize("case", parity_cases("schedules", "wd"))
 def test_weight_decay_groups(case):
-    """Two groups in pre-training, frozen tables in none."""
+    """Two groups in pre-training; frozen position embeddings are in neither."""
     model = build_on_meta(case["module"], case)
     groups = param_groups_weight_decay(model, case["groups"][1]["weight_decay"])
-    assert described(model, groups, "weight_decay") == case["groups"]
-    note("weight decay groups, in order")
+    assert describe_groups(model, groups, "weight_decay") == case["groups"]
+    record("weight decay groups, in order")
 
 
-def test_every_trainable_tensor_is_in_one_group(tiny_vit, tiny_cross):
-    """Nothing is left out and nothing is twice in."""
+def test_every_trainable_parameter_is_in_exactly_one_group(tiny_vit, tiny_cross):
     vit, cross = tiny_vit(), tiny_cross()
     for model, groups in (
         (vit, param_groups_lrd(vit, 0.05, vit.no_weight_decay(), 0.5)),

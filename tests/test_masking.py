@@ -1,4 +1,4 @@
-"""Masks: sizes of the published rounding, three disjoint sets, no preference for any patch."""
+"""Masks: sizes rounded as published, three disjoint sets, uniform over patches."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from util.layers.masking import gather_tokens, num_visible_and_predicted, random
     "num_patches, mask_ratio, kept, expected",
     [(196, 0.75, 0.25, (49, 49)), (400, 0.9, 0.8, (39, 322)), (196, 0.9, 0.3, (19, 60))],
 )
-def test_rounding_is_the_published_one(num_patches, mask_ratio, kept, expected):
+def test_counts_are_rounded_as_published(num_patches, mask_ratio, kept, expected):
     assert num_visible_and_predicted(num_patches, mask_ratio, kept) == expected
 
 
@@ -20,7 +20,7 @@ def test_impossible_ratios_are_refused(ratios):
         num_visible_and_predicted(16, *ratios)
 
 
-def test_the_sets_are_disjoint_and_complete():
+def test_visible_and_predicted_sets():
     noise = torch.rand(4, 20)
     masking = random_masking(noise, 5, 8)
     for b in range(4):
@@ -36,8 +36,8 @@ def test_the_sets_are_disjoint_and_complete():
     assert torch.equal(gather_tokens(shuffled, masking.ids_restore), x)
 
 
-def test_every_patch_is_as_likely_as_any_other():
+def test_predicted_patches_are_uniform():
     torch.manual_seed(0)
     masking = random_masking(torch.rand(4000, 16), 4, 8)
-    share = masking.mask.mean(dim=0)  # expected 0.5, standard deviation 0.0079
-    assert (share - 0.5).abs().max() < 4.5 * 0.0079
+    fraction = masking.mask.mean(dim=0)  # expected 0.5, std 0.0079
+    assert (fraction - 0.5).abs().max() < 4.5 * 0.0079

@@ -1,17 +1,17 @@
-"""CrossMAE against the stored numbers and the paper's formulas."""
+"""CrossMAE against stored values and the formulas of the paper."""
 
 import pytest
 import torch
 from parity_data import (
     assert_encoder_matches,
     assert_gradients_match,
-    assert_initial_values_match,
+    assert_initialization_matches,
     assert_match,
     find_case,
-    note,
+    load_tensors,
     parity_cases,
+    record,
     run_pretraining_model,
-    tensors_of,
 )
 
 from util.layers.masking import num_visible_and_predicted, random_masking
@@ -20,27 +20,27 @@ CASES = [c for c in parity_cases("forward", "forward") if c.values[0]["module"] 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_forward_and_gradients(case):
+def test_forward_and_gradients_match_stored_values(case):
     """Loss, prediction and target of the predicted patches, mask, block outputs, gradients."""
-    model, found, tensors = run_pretraining_model(case)
-    assert_match(found["loss"].item(), case["loss"], "loss", 1e-5, 0)
-    assert found["mask"].equal(tensors["mask"])
-    note("mask")
+    model, computed, tensors = run_pretraining_model(case)
+    assert_match(computed["loss"].item(), case["loss"], "loss", 1e-5, 0)
+    assert computed["mask"].equal(tensors["mask"])
+    record("mask")
     predicted = tensors["mask"].bool()
     for name in ("pred", "target"):
-        rows = found[name][predicted].unflatten(0, tensors[name].shape[:2])
+        rows = computed[name][predicted].unflatten(0, tensors[name].shape[:2])
         assert_match(rows, tensors[name], name)
-        assert found[name][~predicted].eq(0).all()
+        assert computed[name][~predicted].eq(0).all()
         if f"vis_{name}" in tensors:
-            assert_match(found[name], tensors[f"vis_{name}"], f"vis_{name}")
-    assert_encoder_matches(case, found, tensors)
+            assert_match(computed[name], tensors[f"vis_{name}"], f"vis_{name}")
+    assert_encoder_matches(case, computed, tensors)
     assert_gradients_match(model, tensors, case["params_without_grad"])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_masking(case):
-    """Sizes, which patches, and the inverse permutation for the stored noise."""
-    tensors = tensors_of(case)
+def test_masking_matches_stored_values(case):
+    """Set sizes, patch indices and inverse permutation for the stored noise."""
+    tensors = load_tensors(case)
     sizes = num_visible_and_predicted(case["num_patches"], **case["call"])
     assert sizes == (case["num_visible"], case["num_predicted"])
     masking = random_masking(tensors["noise"], *sizes)
@@ -50,12 +50,12 @@ def test_masking(case):
     assert masking.mask.equal(tensors["mask"])
 
 
-def test_initial_values():
-    assert_initial_values_match(find_case("forward", "init_cross"), constructions=200)
+def test_initialization():
+    assert_initialization_matches(find_case("forward", "init_cross"), num_models=200)
 
 
 def test_loss_is_the_mean_over_predicted_patches(tiny_cross):
-    """The paper's loss, written out, with a part of the masked patches predicted."""
+    """The formula of the paper, with a subset of the masked patches predicted."""
     model = tiny_cross()
     imgs = torch.randn(2, 3, 32, 32)
     loss, pred, target, mask = model(imgs, mask_ratio=0.75, kept_mask_ratio=0.25, vis=True)
@@ -64,18 +64,18 @@ def test_loss_is_the_mean_over_predicted_patches(tiny_cross):
     torch.testing.assert_close(target[mask == 1], model.patchify(imgs)[mask == 1])
 
 
-def test_noise_is_drawn_by_one_call(tiny_cross):
+def test_default_noise_is_one_torch_rand_call(tiny_cross):
     """Without noise, the model draws torch.rand(B, L) and nothing else."""
     model, imgs = tiny_cross(), torch.randn(2, 3, 32, 32)
     torch.manual_seed(7)
-    drawn = model(imgs)
+    loss = model(imgs)
     torch.manual_seed(7)
-    assert drawn.equal(model(imgs, noise=torch.rand(2, 16)))
+    assert loss.equal(model(imgs, noise=torch.rand(2, 16)))
 
 
 @pytest.mark.parametrize("self_attn", [False, True])
-def test_predictions_see_each_other_only_with_self_attention(tiny_cross, self_attn):
-    """A patch is predicted the same whether its neighbours are predicted or dropped."""
+def test_predictions_are_independent_without_self_attention(tiny_cross, self_attn):
+    """The prediction of a patch does not depend on which others are predicted."""
     model = tiny_cross(self_attn=self_attn).eval()
     imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     _, all_pred, _, _ = model(imgs, 0.75, 0.75, vis=True, noise=noise)
@@ -88,7 +88,7 @@ def test_predictions_see_each_other_only_with_self_attention(tiny_cross, self_at
     "options", [dict(), dict(use_input=False), dict(self_attn=True), dict(weight_fm=False)], ids=str
 )
 def test_every_trainable_parameter_gets_a_gradient(tiny_cross, options):
-    """Also without mixing of feature maps, which the public code cannot run."""
+    """Includes weight_fm=False, which the public code cannot run."""
     if options.get("weight_fm") is False:
         options = options | {"use_input": False}
     model = tiny_cross(**options)
@@ -99,14 +99,14 @@ def test_every_trainable_parameter_gets_a_gradient(tiny_cross, options):
 
 
 @pytest.mark.parametrize("use_fm", [[0, 0], [1, -1], [2], [-3, 0]])
-def test_wrong_feature_maps_are_refused_at_construction(tiny_cross, use_fm):
+def test_invalid_feature_maps_are_refused(tiny_cross, use_fm):
     """Duplicates and indices outside the two blocks."""
     with pytest.raises(ValueError):
         tiny_cross(use_fm=use_fm)
 
 
 @pytest.mark.parametrize("kept_mask_ratio", [0, 0.8])
-def test_wrong_ratios_are_refused(tiny_cross, kept_mask_ratio):
+def test_invalid_ratios_are_refused(tiny_cross, kept_mask_ratio):
     """Nothing to predict, or more to predict than is masked."""
     with pytest.raises(ValueError, match="kept_mask_ratio"):
         tiny_cross()(torch.randn(1, 3, 32, 32), 0.75, kept_mask_ratio)

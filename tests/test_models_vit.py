@@ -1,4 +1,4 @@
-"""The classifier: stored logits, losses and gradients, loading, and timm's own class."""
+"""The classifier against stored logits, losses, gradients and timm; loading of encoders."""
 
 from functools import partial
 
@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from parity_data import (
     assert_gradients_match,
     assert_match,
-    assert_rates_match,
-    build,
-    build_loaded,
+    assert_match_relative,
+    build_model,
+    build_with_weights,
     find_case,
-    note,
+    load_tensors,
     parity_cases,
-    part,
     read_json,
-    tensors_of,
+    record,
+    select,
 )
 from timm.layers import DropPath
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -26,10 +26,10 @@ from util.checkpoint import load_encoder
 
 
 @pytest.mark.parametrize("case", parity_cases("vit", "vit"))
-def test_logits_losses_and_gradients(case):
+def test_logits_losses_and_gradients_match_stored_values(case):
     """Both heads; the losses used in fine-tuning; gradients of the label-smoothing loss."""
-    tensors = tensors_of(case)
-    model = build_loaded(case, tensors)
+    tensors = load_tensors(case)
+    model = build_with_weights(case, tensors)
     logits = model(tensors["imgs"])
     assert_match(logits, tensors["logits"], "logits")
     labels, smoothed = tensors["labels"].long(), LabelSmoothingCrossEntropy(0.1)
@@ -44,54 +44,54 @@ def test_logits_losses_and_gradients(case):
 
 
 def test_drop_path_rates(tiny_vit):
-    """Linear from 0 over depth, both branches of a block alike."""
+    """Linear from 0 over depth, equal in both branches of a block."""
     expected = read_json("vit")["drop_path"]
     model = tiny_vit(depth=expected["depth"], drop_path_rate=expected["rate"])
     for block, rates in zip(model.blocks, expected["per_block_attn_and_mlp"], strict=True):
-        found = {m.drop_prob for m in block.modules() if isinstance(m, DropPath)} or {0.0}
-        assert len(found) == 1
-        assert_rates_match([*found] * 2, rates, "drop path rate", 1e-6)
+        drop_probs = {m.drop_prob for m in block.modules() if isinstance(m, DropPath)} or {0.0}
+        assert len(drop_probs) == 1
+        assert_match_relative([*drop_probs] * 2, rates, "drop path rate", 1e-6)
 
 
 @pytest.mark.parametrize("case", parity_cases("vit", "load"))
-def test_loading_a_pretrained_file(case):
-    """Interpolated table, missing and unexpected names, logits once the missing ones are given."""
-    tensors = tensors_of(case)
-    source = build(case["src_module"], case["src_ctor"])
-    source.load_state_dict(part(tensors, "src"), strict=True)
-    model = build(case["module"], case["ctor"])
+def test_load_encoder_matches_stored_values(case):
+    """Interpolated pos_embed, missing and unexpected keys; logits after filling missing keys."""
+    tensors = load_tensors(case)
+    source = build_model(case["src_module"], case["src_ctor"])
+    source.load_state_dict(select(tensors, "src"), strict=True)
+    model = build_model(case["module"], case["ctor"])
     result = load_encoder(model, dict(source.state_dict()))
-    assert sorted(result.missing) == sorted(case["missing_keys"])
-    assert sorted(result.unexpected) == sorted(case["unexpected_keys"])
-    note("missing and unexpected names")
+    assert sorted(result.missing_keys) == sorted(case["missing_keys"])
+    assert sorted(result.unexpected_keys) == sorted(case["unexpected_keys"])
+    record("missing and unexpected keys")
     assert_match(model.pos_embed, tensors["pos_embed_after"], "pos_embed")
-    fill = part(tensors, "fill")
+    fill = select(tensors, "fill")
     assert fill.keys() == set(case["missing_keys"])
     model.load_state_dict(fill, strict=False)
     assert_match(model(tensors["imgs"]), tensors["logits"], "logits")
 
 
 @pytest.mark.parametrize("num_classes, missing", [(5, []), (6, ["head.bias", "head.weight"])])
-def test_a_head_of_another_size_is_dropped(tiny_vit, num_classes, missing):
-    """A classifier file loads whole, or without its head."""
+def test_head_of_another_size_is_dropped(tiny_vit, num_classes, missing):
+    """A classifier loads completely, or without its head."""
     source, model = tiny_vit(seed=1), tiny_vit(seed=2, num_classes=num_classes)
     result = load_encoder(model, source.state_dict())
-    assert sorted(result.missing) == missing and not result.unexpected
+    assert sorted(result.missing_keys) == missing and not result.unexpected_keys
     assert model.cls_token.equal(source.cls_token)
 
 
 @pytest.mark.parametrize("global_pool", [True, False])
-def test_equals_timm_on_the_same_weights(global_pool):
-    """Same ordered names, same logits as timm's stock class."""
+def test_matches_timm_with_the_same_weights(global_pool):
+    """Same names in the same order, same logits."""
     case = find_case("vit", "avg" if global_pool else "cls")
-    tensors = tensors_of(case)
-    ours = build_loaded(case, tensors).eval()
+    tensors = load_tensors(case)
+    model = build_with_weights(case, tensors).eval()
     ctor = dict(case["ctor"], global_pool="avg" if global_pool else "token")
     norm = partial(torch.nn.LayerNorm, eps=ctor.pop("norm_eps"))
-    theirs = TimmViT(**ctor, qkv_bias=True, norm_layer=norm).eval()
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    theirs.load_state_dict(part(tensors, "w"))
+    timm_model = TimmViT(**ctor, qkv_bias=True, norm_layer=norm).eval()
+    assert list(model.state_dict()) == list(timm_model.state_dict())
+    timm_model.load_state_dict(select(tensors, "w"))
     with torch.no_grad():
         torch.testing.assert_close(
-            ours(tensors["imgs"]), theirs(tensors["imgs"]), rtol=0, atol=1e-6
+            model(tensors["imgs"]), timm_model(tensors["imgs"]), rtol=0, atol=1e-6
         )

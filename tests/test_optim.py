@@ -1,4 +1,4 @@
-"""The update: a step that is not finite changes nothing, and the others are AdamW's."""
+"""Optimizer steps: fused AdamW, clipping, non-finite steps, LARS, choice of the amp dtype."""
 
 import math
 
@@ -14,48 +14,49 @@ from util.optim import (
 )
 
 
-def problem():
+def make_problem():
     torch.manual_seed(0)
     return torch.nn.Linear(4, 3), torch.randn(5, 4)
 
 
-def test_fused_adamw_equals_the_plain_one():
-    (ours, x), (plain, _) = problem(), problem()
-    our_adamw = build_adamw([{"params": ours.parameters(), "weight_decay": 0.1}], 0.01, (0.9, 0.95))
+def test_fused_adamw_matches_plain_adamw():
+    (model, x), (plain, _) = make_problem(), make_problem()
+    groups = [{"params": model.parameters(), "weight_decay": 0.1}]
+    fused_adamw = build_adamw(groups, 0.01, (0.9, 0.95))
     adamw = torch.optim.AdamW(
         plain.parameters(), 0.01, betas=(0.9, 0.95), weight_decay=0.1, foreach=False
     )
     scaler = NativeScalerWithGradNormCount()
     for _ in range(5):
-        norm = scaler(ours(x).square().mean(), our_adamw)
+        norm = scaler(model(x).square().mean(), fused_adamw)
         plain(x).square().mean().backward()
         expected = sum(p.grad.square().sum() for p in plain.parameters()).sqrt()
         torch.testing.assert_close(norm, expected)
         adamw.step()
-        for optimizer in (our_adamw, adamw):
+        for optimizer in (fused_adamw, adamw):
             optimizer.zero_grad()
-    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), atol=1e-7, rtol=1e-6)
 
 
-def test_clipping_scales_the_gradients_to_the_limit():
-    model, x = problem()
+def test_clipping_scales_gradients_to_the_maximum_norm():
+    model, x = make_problem()
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
     norm = NativeScalerWithGradNormCount()(100 * model(x).square().sum(), sgd, clip_grad=0.5)
-    after = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
-    assert norm > 10 and abs(after - 0.5) < 1e-4
+    clipped = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+    assert norm > 10 and abs(clipped - 0.5) < 1e-4
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_step_that_is_not_finite_changes_nothing(value, fused):
-    model, x = problem()
+def test_nonfinite_step_changes_nothing(value, fused):
+    model, x = make_problem()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
     scaler = NativeScalerWithGradNormCount()
     scaler(model(x).square().mean(), optimizer)
     optimizer.zero_grad()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     moments = optimizer.state[model.weight]["exp_avg"].clone()
-    norm = scaler(model(x).square().mean() + value, optimizer)  # its gradients would be finite
+    norm = scaler(model(x).square().mean() + value, optimizer)  # gradients are finite
     assert not norm.isfinite()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(optimizer.state[model.weight]["exp_avg"], moments)
@@ -64,25 +65,25 @@ def test_a_step_that_is_not_finite_changes_nothing(value, fused):
     assert not torch.equal(model.weight, before["weight"])
 
 
-def test_poison_leaves_a_finite_loss_alone():
+def test_propagate_nonfinite_keeps_finite_loss():
     x = torch.tensor(3.0, requires_grad=True)
     loss = propagate_nonfinite(x * 2)
     assert loss == 6 and torch.autograd.grad(loss, x)[0] == 2
 
 
-def test_lars_step_by_hand():
-    model, x = problem()
+def test_lars_step_matches_formula():
+    model, x = make_problem()
     lars = build_lars(model.parameters(), lr=0.3, weight_decay=0.0)
     model(x).square().mean().backward()
     weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
     weight_grad, bias_grad = model.weight.grad.clone(), model.bias.grad.clone()
     trust = 0.001 * weight.norm() / weight_grad.norm()
-    lars.step()  # some versions of timm change the gradients
+    lars.step()  # some timm versions modify the gradients
     torch.testing.assert_close(model.weight, weight - 0.3 * trust * weight_grad)
     torch.testing.assert_close(model.bias, bias - 0.3 * bias_grad)
 
 
-def test_precision_follows_the_device():
+def test_amp_dtype_on_cpu():
     cpu = torch.device("cpu")
     assert choose_amp_dtype("auto", cpu) is None and choose_amp_dtype("off", cpu) is None
     assert choose_amp_dtype("bf16", cpu) is torch.bfloat16

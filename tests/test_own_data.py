@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import warm
+from processes import fork_server
 
 import main_finetune
 import main_pretrain
@@ -328,8 +328,8 @@ def test_a_bad_picture_in_the_real_script(num_workers, tmp_path):
     bad.write_bytes(bad.read_bytes()[:-300])
     flags = ["main_pretrain", *PRETRAIN, "--data_path", data, "--num_workers", num_workers]
     output = ["--output_dir", tmp_path / "output", "--skip_bad_images"]
-    stopped = warm.start([*flags, "--output_dir", ""], tmp_path / "stopped")
-    skipped = warm.start([*flags, *output], tmp_path / "skipped")
+    stopped = fork_server.start([*flags, "--output_dir", ""], tmp_path / "stopped")
+    skipped = fork_server.start([*flags, *output], tmp_path / "skipped")
     assert stopped.wait(60) == 1
     (error,) = [line for line in stopped.text().splitlines() if "Error:" in line]
     assert f"Cannot read the image {bad} (image file is truncated" in error

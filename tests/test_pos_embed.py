@@ -1,4 +1,4 @@
-"""Sine-cosine tables and the resizing of learned ones."""
+"""Sine-cosine position embeddings and interpolation of position embeddings."""
 
 import math
 
@@ -11,54 +11,55 @@ from safetensors.torch import load_file
 
 from util.pos_embed import get_2d_sincos_pos_embed, interpolate_pos_embed
 
-TABLES = find_case("posembed", "posembed")["tables"]
+CASES = find_case("posembed", "posembed")["tables"]
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda t: f"{t['dim']}-{t['grid']}")
-def test_stored_rows(table):
-    """Chosen rows, or the full table, and its sums."""
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['dim']}-{case['grid']}")
+def test_matches_stored_values(case):
+    """All or selected rows, and sums over all rows."""
     stored = load_file(FOLDER / "posembed.safetensors")
-    ours = get_2d_sincos_pos_embed(table["dim"], table["grid"], cls_token=True)
-    assert ours.dtype == torch.float32 and list(ours.shape) == table["shape"]
-    kind, rows = ("full", slice(None)) if table.get("full") else ("rows", table["rows"])
-    assert_match(ours[rows], stored[f"{kind}_{table['dim']}_{table['grid']}"], "table", 1e-5, 0)
-    if "sum" in table:
-        exact = ours.double()
+    pos_embed = get_2d_sincos_pos_embed(case["dim"], case["grid"], cls_token=True)
+    assert pos_embed.dtype == torch.float32 and list(pos_embed.shape) == case["shape"]
+    kind, rows = ("full", slice(None)) if case.get("full") else ("rows", case["rows"])
+    expected = stored[f"{kind}_{case['dim']}_{case['grid']}"]
+    assert_match(pos_embed[rows], expected, "position embedding", 1e-5, 0)
+    if "sum" in case:
+        exact = pos_embed.double()
         sums = {"sum": exact.sum(), "sum_abs": exact.abs().sum(), "sum_sq": (exact**2).sum()}
         for name, value in sums.items():
-            assert_match(value.item(), table[name], "sums of the table", 1e-6 * exact.numel(), 0)
+            assert_match(value.item(), case[name], "sums over all rows", 1e-6 * exact.numel(), 0)
 
 
 @pytest.mark.parametrize("grid", [3, (2, 5)])
-def test_formula_entry_by_entry(grid):
-    """Column first, then row; square and oblong grids, without and with the class row."""
+def test_entries_match_formula(grid):
+    """Column before row; square and non-square grids, with and without class token."""
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    table = get_2d_sincos_pos_embed(8, grid)
-    assert table.shape == (rows * columns, 8)
+    pos_embed = get_2d_sincos_pos_embed(8, grid)
+    assert pos_embed.shape == (rows * columns, 8)
     for r in range(rows):
         for c in range(columns):
             waves = [f(x * w) for x in (c, r) for f in (math.sin, math.cos) for w in (1, 0.01)]
-            np.testing.assert_allclose(table[r * columns + c], waves, atol=1e-7)
+            np.testing.assert_allclose(pos_embed[r * columns + c], waves, atol=1e-7)
     with_cls = get_2d_sincos_pos_embed(8, grid, cls_token=True)
-    assert with_cls[0].eq(0).all() and with_cls[1:].equal(table)
+    assert with_cls[0].eq(0).all() and with_cls[1:].equal(pos_embed)
 
 
-def test_width_must_divide_by_four():
+def test_width_not_divisible_by_4_is_refused():
     with pytest.raises(ValueError, match="divisible by 4"):
         get_2d_sincos_pos_embed(10, 2)
 
 
-def test_interpolation_changes_the_dict_in_place(tiny_vit):
-    """Bicubic over the patch rows, class row kept; equal grids leave the table alone."""
+def test_interpolation_is_bicubic_and_in_place(tiny_vit):
+    """The class token row is kept; equal grids change nothing."""
     model = tiny_vit(img_size=48)
-    table = torch.randn(1, 17, 32, generator=torch.Generator().manual_seed(0))
-    state = {"pos_embed": table.clone()}
+    pos_embed = torch.randn(1, 17, 32, generator=torch.Generator().manual_seed(0))
+    state = {"pos_embed": pos_embed.clone()}
     interpolate_pos_embed(model, state)
-    picture = table[:, 1:].reshape(4, 4, 32).permute(2, 0, 1)[None]
-    resized = F.interpolate(picture, size=(6, 6), mode="bicubic", align_corners=False)
+    grid = pos_embed[:, 1:].reshape(4, 4, 32).permute(2, 0, 1)[None]
+    resized = F.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
     assert state["pos_embed"].shape == (1, 37, 32)
-    assert state["pos_embed"][:, 0].equal(table[:, 0])
+    assert state["pos_embed"][:, 0].equal(pos_embed[:, 0])
     torch.testing.assert_close(state["pos_embed"][0, 1:], resized[0].flatten(1).T)
-    same = {"pos_embed": table.clone()}
+    same = {"pos_embed": pos_embed.clone()}
     interpolate_pos_embed(tiny_vit(), same)
-    assert same["pos_embed"].equal(table)
+    assert same["pos_embed"].equal(pos_embed)

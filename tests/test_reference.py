@@ -1,4 +1,4 @@
-"""Forward and backward against the reference implementation: the same loss and every gradient."""
+"""Loss and every gradient against the reference implementation."""
 
 import itertools
 
@@ -18,7 +18,7 @@ VARIANTS = [
 
 
 def perturb(model):
-    """Randomize biases and norm scales, so that a missing one shows."""
+    """Randomize biases and norm scales, so that the tests notice a missing one."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -34,7 +34,7 @@ def loss_and_gradients(model, compute):
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal_to_reference(model, ratios, size=(32, 32), channels=3):
+def assert_matches_reference(model, ratios, size=(32, 32), channels=3):
     imgs = torch.randn(3, channels, *size, generator=torch.Generator().manual_seed(2))
     noise = torch.rand(3, model.patch_embed.num_patches, generator=torch.Generator().manual_seed(3))
     loss, grads = loss_and_gradients(model, lambda: model(imgs, *ratios, noise=noise))
@@ -44,35 +44,35 @@ def assert_equal_to_reference(model, ratios, size=(32, 32), channels=3):
     assert abs(loss - expected) <= 1e-6
     for name, grad in grads.items():
         assert (grad - expected_grads[name]).abs().max() <= 1e-6, name
-    # the reference also runs blocks whose outputs are unused; their gradients are zero
+    # The reference also runs blocks with unused outputs; their gradients are zero.
     for name in expected_grads.keys() - grads.keys():
         assert not expected_grads[name].any(), name
 
 
 @pytest.mark.parametrize("kept", [0.75, 0.25])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_cross_mae(tiny_cross, options, kept):
+def test_cross_mae_matches_reference(tiny_cross, options, kept):
     model = perturb(tiny_cross(norm_pix_loss=True, **options))
-    assert_equal_to_reference(model, (0.75, kept))
+    assert_matches_reference(model, (0.75, kept))
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_mae(tiny_mae, norm_pix_loss):
-    assert_equal_to_reference(perturb(tiny_mae(norm_pix_loss=norm_pix_loss)), (0.75, 0.75))
+def test_mae_matches_reference(tiny_mae, norm_pix_loss):
+    assert_matches_reference(perturb(tiny_mae(norm_pix_loss=norm_pix_loss)), (0.75, 0.75))
 
 
-@pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
-def test_other_sizes_and_channels(which, request):
-    build = request.getfixturevalue(which)
+@pytest.mark.parametrize("factory", ["tiny_cross", "tiny_mae"])
+def test_other_sizes_and_channels_match_reference(factory, request):
+    build = request.getfixturevalue(factory)
     model = perturb(build(img_size=(16, 48), in_chans=5))
-    assert_equal_to_reference(model, (0.75, 0.5 if which == "tiny_cross" else 0.75), (16, 48), 5)
+    assert_matches_reference(model, (0.75, 0.5 if factory == "tiny_cross" else 0.75), (16, 48), 5)
 
 
-@pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
-def test_checkpointing_changes_nothing(which, request):
-    model = perturb(request.getfixturevalue(which)())
+@pytest.mark.parametrize("factory", ["tiny_cross", "tiny_mae"])
+def test_grad_checkpointing_matches_reference(factory, request):
+    model = perturb(request.getfixturevalue(factory)())
     model.grad_checkpointing = True
-    assert_equal_to_reference(model, (0.75, 0.75))
+    assert_matches_reference(model, (0.75, 0.75))
 
 
 def test_compiled_blocks_keep_names_and_loss(tiny_cross):
@@ -80,13 +80,13 @@ def test_compiled_blocks_keep_names_and_loss(tiny_cross):
     names = list(model.state_dict())
     compile_blocks(model, backend="aot_eager")
     assert list(model.state_dict()) == names
-    assert_equal_to_reference(model, (0.75, 0.25))
+    assert_matches_reference(model, (0.75, 0.25))
 
 
-@pytest.mark.parametrize("which", ["tiny_cross", "tiny_mae"])
-def test_under_bf16_autocast(which, request):
-    """Recomputed tensors are rounded as in forward: the error is that of the reference in bf16."""
-    model = perturb(request.getfixturevalue(which)())
+@pytest.mark.parametrize("factory", ["tiny_cross", "tiny_mae"])
+def test_bf16_error_is_that_of_the_reference(factory, request):
+    """Recomputed tensors are rounded as in the forward pass."""
+    model = perturb(request.getfixturevalue(factory)())
     imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
 
     def under_autocast(compute):
@@ -115,16 +115,18 @@ def test_under_bf16_autocast(which, request):
     assert all(g.dtype == torch.float32 for g in grads.values())
 
 
-def test_frozen_parts(tiny_cross):
-    """Frozen blocks, norms and layers; the gradients of the rest are unchanged."""
-    whole, part = tiny_cross(), tiny_cross()
-    for frozen in (part.blocks[0], part.blocks[1].norm1, part.decoder_blocks[0].mlp.fc1):
-        frozen.requires_grad_(False)
+def test_frozen_modules_get_no_gradient(tiny_cross):
+    """Freezing blocks, norms or layers does not change the other gradients."""
+    model, partly_frozen = tiny_cross(), tiny_cross()
+    blocks, decoder_blocks = partly_frozen.blocks, partly_frozen.decoder_blocks
+    for module in (blocks[0], blocks[1].norm1, decoder_blocks[0].mlp.fc1):
+        module.requires_grad_(False)
     imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    for model in (whole, part):
-        model(imgs, noise=noise).backward()
-    for (name, p), p_of_part in zip(whole.named_parameters(), part.parameters(), strict=True):
-        if p_of_part.requires_grad:
-            torch.testing.assert_close(p_of_part.grad, p.grad, msg=name)
+    for m in (model, partly_frozen):
+        m(imgs, noise=noise).backward()
+    expected = dict(model.named_parameters())
+    for name, p in partly_frozen.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[name].grad, msg=name)
         else:
-            assert p_of_part.grad is None, name
+            assert p.grad is None, name

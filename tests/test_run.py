@@ -1,32 +1,32 @@
-"""The start of a run: peak learning rates of the published recipes and the lines that show them."""
+"""Start of a run: peak learning rates of the published recipes, and their log lines."""
 
 import logging
 from argparse import Namespace
 
 import pytest
 import torch
-from parity_data import assert_rates_match, read_json
+from parity_data import assert_match_relative, read_json
 
 from main_pretrain import lr_scale
 from util.run.setup import set_lr
 from util.run.startup import log_summary, startup_summary
 
 SCHEDULES = read_json("schedules")
-RULE = [(f"rule {i}", entry) for i, entry in enumerate(SCHEDULES["effective_lr"])]
-CASES = RULE + [(recipe["name"], recipe) for recipe in SCHEDULES["recipes"]]
+SCALING = [(f"scaling {i}", entry) for i, entry in enumerate(SCHEDULES["effective_lr"])]
+CASES = SCALING + [(recipe["name"], recipe) for recipe in SCHEDULES["recipes"]]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES])
-def test_peak_rate(case, tiny_cross, caplog):
-    """blr x effective batch / 256, times kept/mask ratio in pre-training; --lr wins over all."""
+def test_peak_learning_rate(case, tiny_cross, caplog):
+    """blr * effective batch size / 256, times kept/mask ratio in pre-training; --lr overrides."""
     caplog.set_level(logging.INFO)
     switches = dict(inverse_lr=False, no_lr_scale=False, lr_flag=None, epochs=800, warmup_epochs=40)
     model = dict(model="tiny", input_size=32, in_chans=3, amp="off", device=torch.device("cpu"))
     args = Namespace(**(switches | model | dict(output_dir="", dist_backend=None, rank=0) | case))
     args.lr = args.lr_flag
     text = set_lr(args, *(lr_scale(args) if args.mask_ratio else ()))
-    assert_rates_match(args.lr, case["lr"], "peak rate")
-    log_summary(args, startup_summary(args, tiny_cross(), text, "written out", None, "no data"))
+    assert_match_relative(args.lr, case["lr"], "peak learning rate")
+    log_summary(args, startup_summary(args, tiny_cross(), text, "sdpa", None, "no data"))
     for line in (
         f"base lr: {case['printed_base_lr']}",
         f"actual lr: {case['printed_actual_lr']}",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import PRETRAIN, read_log, warm
+from processes import PRETRAIN, fork_server, read_log
 
 from util.data.image_io import open_image
 from util.data.loaders import build_train_loader
@@ -110,7 +110,7 @@ def test_runs_equal_those_on_a_folder(folders, size, tmp_path):
         out.mkdir()
         flags = ["--data_path", path, "--batch_size", "4", "--output_dir", out]
         flags += ["--epochs", "1", "--warmup_epochs", "0", "--log_dir", ""]
-        runs = warm.start_group(size, [*PRETRAIN, *flags], out)
+        runs = fork_server.start_group(size, [*PRETRAIN, *flags], out)
         assert [run.wait(120) for run in runs] == [0] * size, runs[0].text()
         logs.append(read_log(out))
         where = f"in 3 shards of {path}" if path.name == "shards" else f"flat folder {path}"

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C end a run after the step it is at, saved, on all ranks."""
+"""SIGTERM, SIGUSR1 and Ctrl-C finish the step, save, and end all ranks."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ import pytest
 from processes import (
     EPOCHS,
     STEPS,
-    launch,
     read_steps,
-    undisturbed,
+    start_torchrun,
+    uninterrupted_run,
     wait_until,
 )
 
@@ -21,39 +21,39 @@ from util.io.checkpoint_file import read_checkpoint
 from util.run.signals import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW = {"delay": 0.3}  # seconds per step, so that a signal arrives between two of them
+SLOW = {"delay": 0.3}  # seconds per step, so that signals arrive between steps
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-def test_exit_status():
-    """The status that docs and batch scripts rely on."""
+def test_exit_status_of_interrupted_runs():
+    """The status documented for batch scripts."""
     assert EXIT_INTERRUPTED == 75
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda n: n.name)
-def test_one_process(number, tmp_path):
-    """The signal goes to loader processes too, as a terminal or scheduler sends it."""
-    case = undisturbed("main_pretrain")
+@pytest.mark.parametrize("signum", STOP_SIGNALS, ids=lambda n: n.name)
+def test_signal_saves_and_resume_matches_on_one_rank(signum, tmp_path):
+    """The signal reaches the workers too, as from a terminal or scheduler."""
+    case = uninterrupted_run("main_pretrain")
     (run,) = case.start(tmp_path, "--num_workers", 2, faults={0: SLOW})
     wait_until(lambda: len(read_steps(tmp_path / "steps.0")) >= STEPS + 1)
-    run.kill_group(number)
+    run.kill_group(signum)
     assert run.wait() == EXIT_INTERRUPTED, run.text()
     assert "Saved at epoch 1, iteration" in run.text() and "Traceback" not in run.text()
     (run,) = case.start(tmp_path)
     assert run.wait() == 0
     steps = read_steps(tmp_path / "steps.0")
-    assert len(steps) == len(set(steps)), "steps were done twice"
+    assert len(steps) == len(set(steps)), "steps were repeated"
     case.check(tmp_path)
 
 
-@pytest.mark.parametrize("who", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "both"])
-def test_two_processes(who, tmp_path):
-    """A signal that reaches one rank, or both at different steps, stops both at the same step."""
-    case = undisturbed("main_finetune", 2)
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]], ids=["rank 0", "rank 1", "both"])
+def test_signal_stops_both_ranks_at_the_same_step(ranks, tmp_path):
+    """The signal reaches one rank, or both at different steps."""
+    case = uninterrupted_run("main_finetune", 2)
     runs = case.start(tmp_path, "--num_workers", 2, faults={0: SLOW, 1: SLOW})
-    wait_until(lambda: len(read_steps(tmp_path / f"steps.{who[0]}")) >= STEPS + 1)
-    for position, rank in enumerate(who):
-        runs[rank].kill_group([signal.SIGUSR1, signal.SIGTERM][position])
+    wait_until(lambda: len(read_steps(tmp_path / f"steps.{ranks[0]}")) >= STEPS + 1)
+    for rank, signum in zip(ranks, (signal.SIGUSR1, signal.SIGTERM), strict=False):
+        runs[rank].kill_group(signum)
         time.sleep(0.1)
     for run in runs:
         assert run.wait() == EXIT_INTERRUPTED, run.text()
@@ -63,9 +63,8 @@ def test_two_processes(who, tmp_path):
     case.check(tmp_path)
 
 
-def test_second_signal(tmp_path):
-    """Whoever cannot wait sends it again: the process ends at once, by the signal."""
-    case = undisturbed("main_pretrain")
+def test_second_signal_ends_immediately(tmp_path):
+    case = uninterrupted_run("main_pretrain")
     (run,) = case.start(tmp_path, faults={0: {"delay": 20.0}})
     wait_until(lambda: "Start training" in run.text())
     run.kill(signal.SIGTERM)
@@ -77,9 +76,9 @@ def test_second_signal(tmp_path):
     assert time.monotonic() - start < 2
 
 
-def test_signal_at_the_end_of_a_run(tmp_path):
-    """A signal during the very last step: the run is complete, and says so by status 0."""
-    case = undisturbed("main_pretrain")
+def test_signal_during_last_step(tmp_path):
+    """The run completes with status 0, or can be resumed."""
+    case = uninterrupted_run("main_pretrain")
     (run,) = case.start(tmp_path, faults={0: {"delay": 0.1}})
     wait_until(lambda: len(read_steps(tmp_path / "steps.0")) >= STEPS * EPOCHS, every=0)
     run.kill(signal.SIGTERM)
@@ -91,20 +90,20 @@ def test_signal_at_the_end_of_a_run(tmp_path):
     case.check(tmp_path)
 
 
-@pytest.mark.slow  # torchrun and its two ranks each import everything anew: 20 to 60 s
-@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda n: n.name)
-def test_torchrun(number, tmp_path):
-    """torchrun passes the signal on to the groups of its ranks, loader processes included."""
-    case = undisturbed("main_pretrain", 2)
+@pytest.mark.slow  # torchrun and its two ranks each import everything: 20 to 60 s
+@pytest.mark.parametrize("signum", STOP_SIGNALS, ids=lambda n: n.name)
+def test_torchrun_forwards_signals(signum, tmp_path):
+    """torchrun forwards the signal to its ranks and their workers."""
+    case = uninterrupted_run("main_pretrain", 2)
     handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     command = case.command(tmp_path, "--num_workers", 2, "--epochs", 40)
-    launcher = launch(command, tmp_path / "out", "--signals-to-handle", handled)
+    launcher = start_torchrun(command, tmp_path / "out", "--signals-to-handle", handled)
     try:
         wait_until((tmp_path / "checkpoint.pth").exists, 180, 0.05)
-        if number == signal.SIGINT:  # Ctrl-C reaches everybody in the terminal's group
-            os.killpg(launcher.pid, number)
+        if signum == signal.SIGINT:  # Ctrl-C reaches the whole foreground process group
+            os.killpg(launcher.pid, signum)
         else:
-            launcher.send_signal(number)
+            launcher.send_signal(signum)
         launcher.wait(60)
     finally:
         if launcher.poll() is None:
@@ -116,8 +115,8 @@ def test_torchrun(number, tmp_path):
     assert len(saved["state"]["random"]) == 2
 
 
-def test_outside_of_training_the_first_signal_ends(tmp_path):
-    """A tool is not trained: Ctrl-C ends it at once, in one sentence, and its file is not left."""
+def test_first_signal_ends_a_tool(tmp_path):
+    """Without training, Ctrl-C ends immediately with one line and leaves no temporary file."""
     code = (
         "import time\n"
         "from pathlib import Path\n"

@@ -1,7 +1,7 @@
-"""Two hosts on one machine: two network namespaces joined by a cable of their own.
+"""Two hosts simulated on one machine by two network namespaces and a virtual link.
 
-Training starts on both with torchrun, the cable is pulled, both ends say so and end, the cable is
-put back and the run goes on. Needs root and iproute2, and is skipped with its reason elsewhere.
+torchrun starts training on both, the link is cut, both end with an error message, the link is
+restored and the run resumes. Needs root and iproute2; skipped otherwise.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import subprocess
 import sys
 
 import pytest
-from processes import LAUNCHER_NAMES, OFTEN, ROOT, undisturbed, wait_until
+from processes import LAUNCHER_VARIABLES, ROOT, SAVE_EVERY_STEP, uninterrupted_run, wait_until
 
 HOSTS = {0: "10.77.0.1", 1: "10.77.0.2"}
 PORT = 29477
-CARD = "cable"  # name of the network interface in both hosts
+INTERFACE = "veth0"  # name of the network interface on both hosts
 
 
 def ip(*words) -> None:
@@ -24,22 +24,23 @@ def ip(*words) -> None:
 
 
 @pytest.fixture
-def cable():
-    """Two hosts that see each other and nobody else; gives their names."""
+def host_names():
+    """Names of two network namespaces that are connected only to each other."""
     if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("needs root and iproute2 to make two hosts of one machine")
+        pytest.skip("needs root and iproute2 to create network namespaces")
     names = [f"host{i}-{os.getpid()}" for i in HOSTS]
     try:
         for name in names:
             try:
                 ip("netns", "add", name)
             except subprocess.CalledProcessError as error:
-                pytest.skip(f"may not make a network namespace: {error.stderr.decode().strip()}")
-        ip(*f"-n {names[0]} link add {CARD} type veth peer name {CARD} netns {names[1]}".split())
-        for number, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"{HOSTS[number]}/24", "dev", CARD)
+                pytest.skip(f"cannot create a network namespace: {error.stderr.decode().strip()}")
+        peer = f"peer name {INTERFACE} netns {names[1]}"
+        ip(*f"-n {names[0]} link add {INTERFACE} type veth {peer}".split())
+        for index, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"{HOSTS[index]}/24", "dev", INTERFACE)
             ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", CARD, "up")
+            ip("-n", name, "link", "set", INTERFACE, "up")
         yield names
     finally:
         for name in names:
@@ -47,18 +48,18 @@ def cable():
 
 
 def start(names, command, folder, attempt: int) -> list[subprocess.Popen]:
-    """torchrun on both hosts, one process each."""
+    """Start torchrun on both hosts, one rank each."""
     script, *flags = command
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_NAMES}
-    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": CARD}
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
     hosts = []
-    for number, name in enumerate(names):
+    for index, name in enumerate(names):
         line = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]
         line += ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d"]
         line += ["--rdzv_endpoint", f"{HOSTS[0]}:{PORT}", "--rdzv_id", f"try{attempt}"]
-        line += ["--rdzv_conf", f"is_host={not number}"]  # by itself it looks at the host's name
-        line += ["--local_addr", HOSTS[number], ROOT / f"{script}.py", *flags]
-        with open(folder / f"host{number}.{attempt}", "wb") as out:
+        line += ["--rdzv_conf", f"is_host={not index}"]  # the default compares host names
+        line += ["--local_addr", HOSTS[index], ROOT / f"{script}.py", *flags]
+        with open(folder / f"host{index}.{attempt}", "wb") as out:
             hosts.append(
                 subprocess.Popen(
                     list(map(str, line)),
@@ -73,7 +74,7 @@ def start(names, command, folder, attempt: int) -> list[subprocess.Popen]:
     return hosts
 
 
-def end(hosts) -> None:
+def kill(hosts) -> None:
     for host in hosts:
         if host.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -81,28 +82,27 @@ def end(hosts) -> None:
             host.wait(20)
 
 
-@pytest.mark.slow  # torchrun twice on two hosts, with all imports, and a timeout: about 90 s
-def test_cable_pulled_and_put_back(cable, tmp_path):
-    case = undisturbed("main_pretrain", 2)
-    command = case.command(tmp_path, *OFTEN, "--dist_timeout", 8)
-    hosts = start(cable, command, tmp_path, 0)
+@pytest.mark.slow  # two starts of torchrun on two hosts, and a timeout: about 90 s
+def test_link_failure_ends_both_hosts_and_run_resumes(host_names, tmp_path):
+    case = uninterrupted_run("main_pretrain", 2)
+    command = case.command(tmp_path, *SAVE_EVERY_STEP, "--dist_timeout", 8)
+    hosts = start(host_names, command, tmp_path, 0)
     try:
         wait_until((tmp_path / "checkpoint.pth").exists, 180)
-        ip("-n", cable[0], "link", "set", CARD, "down")
+        ip("-n", host_names[0], "link", "set", INTERFACE, "down")
         texts = [tmp_path / "host0.0", tmp_path / "host1.0"]
         for text in texts:
             wait_until(lambda t=text: "lost another rank" in t.read_text(), 60, 0.1)
         assert hosts[0].wait(120) != 0
-        # The ranks have ended. torchrun of the cut-off host goes on looking for the other one for
-        # minutes, in code of its own; a batch system would end it, and so do we.
+        # The ranks have ended, but torchrun on the other host retries its rendezvous for minutes.
     finally:
-        end(hosts)
-    ip("-n", cable[0], "link", "set", CARD, "up")
-    hosts = start(cable, command, tmp_path, 1)
+        kill(hosts)
+    ip("-n", host_names[0], "link", "set", INTERFACE, "up")
+    hosts = start(host_names, command, tmp_path, 1)
     try:
-        for number, host in enumerate(hosts):
-            assert host.wait(240) == 0, (tmp_path / f"host{number}.1").read_text()
+        for index, host in enumerate(hosts):
+            assert host.wait(240) == 0, (tmp_path / f"host{index}.1").read_text()
     finally:
-        end(hosts)
+        kill(hosts)
     assert "exactly where it stopped" in (tmp_path / "host0.1").read_text()
     case.check_files(tmp_path)

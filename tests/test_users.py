@@ -13,50 +13,53 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ANSWERS = {
     "does not run on current packages": [
-        "test_end_to_end.py::test_help",
+        "test_end_to_end.py::test_help_lists_flags",
         "docs/install.md#Installation and imports",
     ],
     "reconstructions look wrong": [
         "test_visualize.py::test_a_perfect_prediction_restores_the_image"
     ],
     "which checkpoint do I have": [
-        "test_checkpoint.py::test_kinds",
-        "test_checkpoint.py::test_wrong_kind",
+        "test_checkpoint.py::test_checkpoint_type",
+        "test_checkpoint.py::test_wrong_type_is_refused",
     ],
     "nan under mixed precision": [
-        "test_faults.py::test_nan_on_one_rank",
-        "test_faults.py::test_skipped_steps",
+        "test_faults.py::test_nan_on_one_rank_ends_all_ranks",
+        "test_faults.py::test_skip_nonfinite_skips_and_counts_steps",
     ],
     "own data, folders, classes": [
         "docs/data.md#class",
         "test_loaders.py::test_a_bad_picture_stops_training",
-        "test_end_to_end.py::test_wrong_flags_end_in_one_sentence",
+        "test_end_to_end.py::test_invalid_flags_give_one_line_error",
     ],
-    "one machine, CPU": ["test_end_to_end.py::test_pretraining_writes_what_users_look_for"],
-    "accumulation does nothing": [
-        "test_engine_pretrain.py::test_accumulation_equals_a_large_batch"
-    ],
+    "one machine, CPU": ["test_end_to_end.py::test_pretraining_outputs"],
+    "accumulation does nothing": ["test_engine_pretrain.py::test_accumulation_matches_large_batch"],
     "accuracy cannot be reproduced": [
-        "test_engine_pretrain.py::test_stored_run",
+        "test_engine_pretrain.py::test_run_matches_stored_values",
         "README.md#were not re-run",
     ],
     "learning rate confusion": [
-        "test_run.py::test_peak_rate",
+        "test_run.py::test_peak_learning_rate",
         "docs/training.md#The learning rate is",
     ],
-    "resume": ["test_resume.py::test_killed_and_resumed", "test_faults.py::test_kill_campaign"],
-    "torch.load fails": [
-        "test_checkpoint.py::test_forms_that_load",
-        "test_checkpoint.py::test_hostile",
+    "resume": [
+        "test_resume.py::test_resume_after_kill_matches_uninterrupted_run",
+        "test_faults.py::test_kill_campaign",
     ],
-    "channels and normalisation": ["test_reference.py::test_other_sizes_and_channels"],
+    "torch.load fails": [
+        "test_checkpoint.py::test_supported_formats_load",
+        "test_checkpoint.py::test_malicious_file_is_refused",
+    ],
+    "channels and normalisation": [
+        "test_reference.py::test_other_sizes_and_channels_match_reference"
+    ],
     "sizes that are not square": [
-        "test_reference.py::test_other_sizes_and_channels",
-        "test_pos_embed.py::test_interpolation_changes_the_dict_in_place",
+        "test_reference.py::test_other_sizes_and_channels_match_reference",
+        "test_pos_embed.py::test_interpolation_is_bicubic_and_in_place",
     ],
     "flash-attn": [
-        "test_attention.py::test_reasons_on_a_gpu",
-        "test_attention.py::test_nothing_global_is_changed",
+        "test_attention.py::test_name_states_why_flash_attn_is_not_used_on_gpu",
+        "test_attention.py::test_selection_changes_no_global_state",
     ],
     "loading starves the GPU": ["test_loaders.py::test_a_slow_data_set_is_named_with_the_remedy"],
     "shuffling": [
@@ -64,11 +67,11 @@ ANSWERS = {
         "test_loaders.py::test_processes_share_an_epoch",
     ],
     "distributed evaluation": [
-        "test_distributed.py::test_evaluation_does_not_depend_on_the_processes"
+        "test_distributed.py::test_evaluation_is_independent_of_world_size_and_batch_size"
     ],
     "features": ["test_extract.py::test_forms_agree_and_nothing_is_left_to_chance"],
     "linear probe and kNN": [
-        "test_finetune_tasks.py::test_a_linear_probe_leaves_the_encoder_as_it_is",
+        "test_finetune_tasks.py::test_linear_probe_keeps_the_encoder_frozen",
         "test_knn.py::test_equals_a_double_loop",
     ],
     "small data, low budget": [
@@ -77,14 +80,14 @@ ANSWERS = {
     ],
     "continue from weights": ["docs/training.md#--init_from"],
     "several nodes, SLURM": [
-        "test_distributed.py::test_launchers",
+        "test_distributed.py::test_launcher_variables",
         "docs/training.md#Several machines",
         "docs/training.md#SLURM can send a signal",
     ],
     "flags that crash late": [
-        "test_end_to_end.py::test_wrong_flags_end_in_one_sentence",
-        "test_cli.py::test_epoch_is_short_for_epochs",
-        "test_reference.py::test_cross_mae",
+        "test_end_to_end.py::test_invalid_flags_give_one_line_error",
+        "test_cli.py::test_epoch_abbreviates_epochs",
+        "test_reference.py::test_cross_mae_matches_reference",
     ],
     "encoder elsewhere": ["test_export.py::test_timm_model_gives_the_same_outputs"],
     "memory and speed": [
@@ -93,7 +96,7 @@ ANSWERS = {
     ],
     "bf16, TF32, compile": [
         "test_reference.py::test_compiled_blocks_keep_names_and_loss",
-        "test_reference.py::test_under_bf16_autocast",
+        "test_reference.py::test_bf16_error_is_that_of_the_reference",
     ],
     "one bad image": [
         "test_loaders.py::test_bad_pictures_are_replaced_and_counted",

@@ -1,11 +1,11 @@
-"""Patches against loops over pixels."""
+"""patchify and its relatives against loops over pixels."""
 
 import torch
 
 from util.layers.patchify import gather_patches, normalize_patches, patchify, unpatchify
 
 
-def test_patchify_pixel_by_pixel():
+def test_patchify_matches_pixel_loop():
     B, C, H, W, p = 2, 4, 6, 9, 3
     imgs = torch.randn(B, C, H, W)
     patches = patchify(imgs, p)
@@ -13,20 +13,20 @@ def test_patchify_pixel_by_pixel():
     for y in range(H):
         for x in range(W):
             for c in range(C):
-                patch, inside = y // p * (W // p) + x // p, (y % p * p + x % p) * C + c
-                assert torch.equal(patches[:, patch, inside], imgs[:, c, y, x])
+                patch, entry = y // p * (W // p) + x // p, (y % p * p + x % p) * C + c
+                assert torch.equal(patches[:, patch, entry], imgs[:, c, y, x])
     assert torch.equal(unpatchify(patches, p, (2, 3)), imgs)
 
 
-def test_take_patches_cuts_what_patchify_cuts():
+def test_gather_patches_matches_patchify():
     imgs = torch.randn(3, 2, 8, 12)
     ids = torch.tensor([[5, 0], [1, 1], [3, 4]])
-    taken = gather_patches(imgs, ids, 4).permute(0, 1, 3, 4, 2).flatten(2)
+    gathered = gather_patches(imgs, ids, 4).permute(0, 1, 3, 4, 2).flatten(2)
     for b in range(3):
-        assert torch.equal(taken[b], patchify(imgs, 4)[b, ids[b]])
+        assert torch.equal(gathered[b], patchify(imgs, 4)[b, ids[b]])
 
 
-def test_normalize_patches_with_the_formula():
+def test_normalize_patches_matches_formula():
     patches = torch.randn(2, 3, 12) * 5 + 2
     expected = torch.empty_like(patches)
     for b in range(2):
