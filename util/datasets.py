@@ -82,7 +82,9 @@ def build_pretrain_dataset(args) -> ImageDataset:
         UserError: there is nothing to train on; the message names the place.
     """
     samples, classes, description = list_pretrain_images(args.data_path)
-    if args.loader == "fast" and not has_arrays(samples, args.in_chans):
+    # Pillow weighs colors by alpha when it resizes RGBA, which the fast path does not.
+    is_plain = args.in_chans in (1, 3) and not has_arrays(samples, args.in_chans)
+    if args.loader == "fast" and is_plain:
         transform, read = FastPretrainTransform(args.input_size), read_image
     else:
         transform, read = build_pretrain_transform(args), open_image

@@ -9,6 +9,8 @@ Shapes: C channels, H height, W width.
 
 import contextlib
 import io
+import os
+import stat
 import struct
 import zlib
 
@@ -25,6 +27,8 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     ".npy",
 )
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others may start other programs
+MAX_ASPECT = 1000  # of the sides: evaluation resizes the short one
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 JPEG_MODES = {1: ("L",), 3: ("L", "RGB")}  # that torchvision decodes as Pillow does
@@ -51,7 +55,8 @@ def open_image(path, in_chans: int = 3) -> Image.Image | Tensor:
     with raising_bad_image(path), open_bytes(path) as file:
         if is_array(path):
             return to_tensor(np.lib.format.read_array(file), in_chans)
-        with Image.open(file) as img:
+        with Image.open(file, formats=FORMATS) as img:
+            check_aspect(*img.size)
             if in_chans in PIL_MODES:
                 return convert_mode(img, PIL_MODES[in_chans])
             return to_tensor(stack_pages(img), in_chans)
@@ -82,7 +87,8 @@ def read_image(path, in_chans: int = 3) -> Tensor:
 
 def decode_exactly(data: bytearray, in_chans: int) -> Tensor | None:
     """Decode a JPEG file to uint8 (C, H, W); None where the pixels might differ from Pillow's."""
-    with Image.open(io.BytesIO(data)) as header:  # refuses decompression bombs
+    with Image.open(io.BytesIO(data), formats=FORMATS) as header:  # refuses decompression bombs
+        check_aspect(*header.size)
         if header.mode not in JPEG_MODES[in_chans]:
             return None
     return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), READ_MODES[in_chans])
@@ -103,14 +109,26 @@ def raising_bad_image(path):
 def describe_error(error: Exception) -> str:
     """Why an image could not be read, in a few words."""
     if isinstance(error, UnidentifiedImageError):
-        return "empty, or not an image format that Pillow knows"
+        return f"empty, or none of {', '.join(FORMATS)}"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0].rstrip(".")
 
 
 def open_bytes(path) -> io.BufferedIOBase:
     """The bytes of an image as an open file."""
-    return path.open() if hasattr(path, "shard") else open(path, "rb")
+    if hasattr(path, "shard"):
+        return path.open()
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")  # opening a FIFO would wait for its writer
+    return open(path, "rb")
+
+
+def check_aspect(width: int, height: int) -> None:
+    """Raises ValueError for an image so narrow that resizing its short side fills the memory."""
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"it is {width} x {height} pixels: its sides differ more than {MAX_ASPECT}x"
+        )
 
 
 def is_array(path) -> bool:

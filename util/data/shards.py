@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from util.data.image_io import is_array, is_image_name
 from util.distributed import get_rank, get_world_size
-from util.io.errors import UserError
+from util.io.errors import UserError, one_line
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 REMOTE = re.compile(r"^(pipe:|[a-z0-9]+://)")
@@ -82,9 +82,12 @@ def is_shards(source: str) -> bool:
 
 def list_shards(folder: str | Path) -> list[str]:
     """The tar files in a folder; none where it cannot be read."""
-    with contextlib.suppress(PermissionError):
-        names = sorted(os.listdir(folder))
-        return [os.path.join(folder, n) for n in names if n.endswith((".tar", *COMPRESSED))]
+    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
+        return sorted(
+            e.path
+            for e in entries
+            if e.name.endswith((".tar", *COMPRESSED)) and e.name[0] != "." and e.is_file()
+        )
     return []
 
 
@@ -169,23 +172,33 @@ def try_index(path: str) -> np.ndarray | str:
     """Index of one shard, or why it cannot be read."""
     try:
         return index_shard(path)
-    except (OSError, tarfile.TarError) as error:
-        return getattr(error, "strerror", None) or str(error)
+    except (OSError, tarfile.TarError, ValueError, LookupError, ArithmeticError) as error:
+        return getattr(error, "strerror", None) or one_line(error)
 
 
 def index_shard(path: str) -> np.ndarray:
-    """One INDEX_ENTRY per image of a shard; hidden members are skipped.
+    """One INDEX_ENTRY per image of a shard; members in hidden places are skipped.
+
+    Hard links are followed to their bytes. Sparse members, whose bytes are not contiguous, are
+    refused.
 
     Raises:
-        OSError, tarfile.TarError: it cannot be read to its end.
+        OSError, tarfile.TarError, and what tarfile raises for invalid headers.
     """
-    entries = []
+    entries, size = [], os.path.getsize(path)
     with tarfile.open(path, "r:") as tar:
         for member in tar:
-            name = member.name.rsplit("/", 1)[-1]
-            if member.isreg() and is_image_name(name) and name[0] != ".":
-                location = member.offset, member.offset_data, member.size, is_array(name)
-                entries.append((0, *location))
+            parts = member.name.removeprefix("./").split("/")
+            if not is_image_name(parts[-1]) or any(part.startswith(".") for part in parts):
+                continue
+            data = tar.getmember(member.linkname) if member.islnk() else member
+            if not data.isreg():
+                continue
+            if data.issparse():
+                raise tarfile.ReadError(f"{member.name} is sparse; pack it without tar's -S")
+            if not 0 <= data.size <= size - data.offset_data:
+                raise tarfile.ReadError(f"{member.name} claims {data.size} bytes, {size} are there")
+            entries.append((0, member.offset, data.offset_data, data.size, is_array(parts[-1])))
         tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header as the end
         while rest := tar.fileobj.read(2**20):
             if rest.strip(b"\0"):

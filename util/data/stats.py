@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from util.data.image_io import (
+    FORMATS,
     PIL_MODES,
     describe_error,
     is_array,
@@ -58,7 +59,7 @@ def read_header(file, is_array: bool) -> tuple[str, str, int]:
     if is_array:
         array = np.lib.format.read_array(file)
         return "NPY", str(array.dtype), array.shape[2] if array.ndim == 3 else 1
-    with Image.open(file) as img:
+    with Image.open(file, formats=FORMATS) as img:
         mode = img.mode
         if img.format == "TIFF" and img.n_frames > 1:
             channels = sum(len(page.getbands()) for page in ImageSequence.Iterator(img))
