@@ -1,4 +1,4 @@
-"""Transforms against stored pictures and timm's chain, and the folders they read."""
+"""Transforms against stored images and timm's pipeline, and the folders they read."""
 
 import random
 from argparse import Namespace
@@ -28,12 +28,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def settings(**changes) -> Namespace:
     """The fine-tuning recipe at 32 pixels."""
     recipe = dict(color_jitter=None, aa="rand-m9-mstd0.5-inc1", reprob=0.25, remode="pixel")
-    pictures = dict(input_size=32, in_chans=3, mean=MEAN, std=STD, loader="pillow", seed=0)
-    return Namespace(**(recipe | pictures | dict(recount=1) | changes))
+    images = dict(input_size=32, in_chans=3, mean=MEAN, std=STD, loader="pillow", seed=0)
+    return Namespace(**(recipe | images | dict(recount=1) | changes))
 
 
 def stored(name: str) -> torch.Tensor:
-    """A picture (H, W, C) or the output of a transform."""
+    """An image (H, W, C) or the output of a transform."""
     return torch.from_numpy(np.load(FOLDER / CASE["file"])[name])
 
 
@@ -47,23 +47,23 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-@pytest.mark.parametrize("picture", CASE["eval"], ids=lambda p: str(p["input_size"]))
-def test_evaluation_transform(picture):
+@pytest.mark.parametrize("case", CASE["eval"], ids=lambda p: str(p["input_size"]))
+def test_evaluation_transform(case):
     """Short side to size / 0.875 up to 224 pixels, to size above; centre crop; normalised."""
-    image = stored_image(f"image_{picture['index']}")
-    out = build_transform(False, settings(input_size=picture["input_size"]))(image)
-    assert out.dtype == torch.float32 and list(out.shape) == picture["out_shape"]
-    every = picture["stored_every"]
-    pixels, expected = out[:, ::every, ::every], stored(f"eval_{picture['index']}")
+    image = stored_image(f"image_{case['index']}")
+    out = build_transform(False, settings(input_size=case["input_size"]))(image)
+    assert out.dtype == torch.float32 and list(out.shape) == case["out_shape"]
+    every = case["stored_every"]
+    pixels, expected = out[:, ::every, ::every], stored(f"eval_{case['index']}")
     assert_match(pixels, expected, "pixels", BOUNDS["eval_abs"], 0)
     mean_bound = BOUNDS["eval_mean_abs"]
     assert_match((pixels - expected).abs().mean().item(), 0.0, "mean difference", mean_bound, 0)
-    assert_match(out.mean().item(), picture["out_mean"], "mean", mean_bound, 0)
-    assert_match(out.std().item(), picture["out_std"], "deviation", mean_bound, 0)
+    assert_match(out.mean().item(), case["out_mean"], "mean", mean_bound, 0)
+    assert_match(out.std().item(), case["out_std"], "deviation", mean_bound, 0)
 
 
 def test_pretraining_transform():
-    """The same crops and flips as the public chain for the same torch seeds."""
+    """The same crops and flips as the public pipeline for the same torch seeds."""
     case = CASE["pretrain"]
     image = stored_image(case["image"])
     transform = build_pretrain_transform(settings(input_size=case["input_size"]))
@@ -75,7 +75,7 @@ def test_pretraining_transform():
 
 
 def test_fast_pretraining_transform():
-    """The fast loader's chain makes the same draws; its pixels differ by rounding only."""
+    """The fast pipeline draws the same random numbers; its pixels differ by rounding only."""
     case = CASE["pretrain"]
     pixels = stored(case["image"]).permute(2, 0, 1)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
@@ -89,8 +89,8 @@ def test_fast_pretraining_transform():
         assert difference.mean() <= 4 * BOUNDS["eval_mean_abs"]
 
 
-def test_augmentation_depends_on_seed_epoch_and_picture_alone(image_folder):
-    """Not on the order of access, and the run's own random numbers stay untouched."""
+def test_augmentation_depends_on_seed_epoch_and_image_alone(image_folder):
+    """Not on the order of access, and the global random states are unchanged."""
     args = settings(data_path=str(image_folder))
     for build in (build_pretrain_dataset, partial(build_dataset, True)):
         dataset = build(args)
@@ -111,10 +111,10 @@ def test_augmentation_depends_on_seed_epoch_and_picture_alone(image_folder):
     "changes", [dict(), dict(aa="", color_jitter=0.4), dict(reprob=1.0)], ids=str
 )
 def test_finetuning_transform_equals_timms(changes):
-    """The recipe's chain, the one with colour jitter in place of RandAugment, certain erasing."""
+    """The recipe's pipeline, color jitter instead of RandAugment, erasing with probability 1."""
     args = settings(**changes)
-    ours = build_transform(True, args)
-    theirs = create_transform(
+    transform = build_transform(True, args)
+    reference = create_transform(
         input_size=32,
         is_training=True,
         color_jitter=args.color_jitter,
@@ -129,15 +129,15 @@ def test_finetuning_transform_equals_timms(changes):
     image = stored_image(CASE["pretrain"]["image"])
     for seed in range(8):
         outs = []
-        for transform in (ours, theirs):
+        for pipeline in (transform, reference):
             seed_everything(seed)
-            outs.append(transform(image))
+            outs.append(pipeline(image))
         assert outs[0].shape == (3, 32, 32) and outs[0].dtype == torch.float32
         assert outs[0].equal(outs[1])
 
 
 def test_erasing_and_augmentation_can_be_off():
-    """Without them the values stay those of pixels; certain erasing adds noise beyond them."""
+    """Without them values stay in the range of pixels; erasing adds noise beyond it."""
     image = stored_image(CASE["pretrain"]["image"])
     low = min(-m / s for m, s in zip(MEAN, STD, strict=True)) - 1e-5
     seed_everything(0)
@@ -148,7 +148,7 @@ def test_erasing_and_augmentation_can_be_off():
 
 
 def test_finetuning_dataset_reads_the_folders(image_folder):
-    """train and val, classes numbered in alphabetical order."""
+    """train and val, class indices in alphabetical order."""
     for is_train, split in ((True, "train"), (False, "val")):
         dataset = build_dataset(is_train, settings(data_path=str(image_folder)))
         assert len(dataset) == 8
@@ -159,8 +159,8 @@ def test_finetuning_dataset_reads_the_folders(image_folder):
         assert all(f"/{split}/" in path for path, _ in dataset.samples)
 
 
-def test_evaluation_pictures_are_transformed_from_the_files(image_folder):
-    """The first validation picture, written out with torchvision."""
+def test_evaluation_images_are_transformed_from_the_files(image_folder):
+    """The first validation image, written out with torchvision."""
     dataset = build_dataset(False, settings(data_path=str(image_folder)))
     by_hand = transforms.Compose(
         [

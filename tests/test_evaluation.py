@@ -1,4 +1,4 @@
-"""util/eval/inference.py against timm, and pictures prepared without torchvision."""
+"""util/eval/inference.py against timm, and images prepared without torchvision."""
 
 from argparse import Namespace
 
@@ -21,14 +21,14 @@ def make_args(**changes) -> Namespace:
 
 
 def prepared(path, mean=ARGS["mean"], std=ARGS["std"]) -> torch.Tensor:
-    """A picture by the recipe in Pillow and numpy: short side 36, middle 32 x 32, normalised."""
-    with Image.open(path) as picture:
-        picture = picture.convert("RGB")
-    width, height = picture.size
+    """An image by the recipe in Pillow and numpy: short side 36, middle 32 x 32, normalised."""
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    width, height = image.size
     scale = 36 / min(width, height)
-    picture = picture.resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
-    left, top = round((picture.width - 32) / 2), round((picture.height - 32) / 2)
-    pixels = np.asarray(picture.crop((left, top, left + 32, top + 32))) / 255
+    image = image.resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
+    left, top = round((image.width - 32) / 2), round((image.height - 32) / 2)
+    pixels = np.asarray(image.crop((left, top, left + 32, top + 32))) / 255
     return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).float()
 
 
@@ -48,7 +48,7 @@ def test_transform_in_words():
 
 @pytest.mark.parametrize("which", evaluation.FEATURES)
 def test_features_are_those_of_timm(image_folder, tiny_vit, which):
-    """The same weights in timm's class, on pictures prepared without torchvision."""
+    """The same weights in timm's class, on images prepared without torchvision."""
     from timm.models.vision_transformer import VisionTransformer
 
     model = tiny_vit(global_pool=False)

@@ -50,15 +50,15 @@ def call(checkpoint, data, out, *more) -> None:
 
 
 def by_hand(model, paths) -> torch.Tensor:
-    """Output of the last block, one picture at a time, prepared with Pillow and numpy alone."""
+    """Output of the last block, one image at a time, prepared with Pillow and numpy alone."""
     tokens = []
     for path in paths:
-        with Image.open(path) as picture:
-            picture = picture.convert("RGB")
-        scale = 36 / min(picture.size)
-        picture = picture.resize([int(s * scale) for s in picture.size], Image.Resampling.BICUBIC)
-        left, top = (round((s - 32) / 2) for s in picture.size)
-        pixels = np.asarray(picture.crop((left, top, left + 32, top + 32))) / 255
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+        scale = 36 / min(image.size)
+        image = image.resize([int(s * scale) for s in image.size], Image.Resampling.BICUBIC)
+        left, top = (round((s - 32) / 2) for s in image.size)
+        pixels = np.asarray(image.crop((left, top, left + 32, top + 32))) / 255
         image = torch.from_numpy((pixels - MEAN) / STD).float().permute(2, 0, 1)[None]
         patches = torch.nn.functional.conv2d(
             image, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=8
@@ -86,7 +86,7 @@ def test_class_folders(kind, checkpoints, image_folder, tmp_path):
     np.testing.assert_allclose(found["features"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_forms_agree_and_nothing_is_left_to_chance(checkpoints, image_folder, tmp_path):
+def test_formats_agree_and_outputs_are_deterministic(checkpoints, image_folder, tmp_path):
     """.npy is .npz; a second call gives the same bits."""
     file, _ = checkpoints["cross"]
     call(file, image_folder / "val", tmp_path / "a.npz", "--which", "patches")
@@ -137,7 +137,7 @@ def test_shards(checkpoints, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data, out, sentence",
+    "data, out, message",
     [
         ("val", "f.csv", "must end in .npz, or in .npy"),
         ("", "f.npz", "holds train and val: name the one you want"),
@@ -145,7 +145,7 @@ def test_shards(checkpoints, image_folder, tmp_path):
         ("val", "", "Cannot write .*it is a folder"),
     ],
 )
-def test_mistakes_end_in_a_sentence(data, out, sentence, checkpoints, image_folder, tmp_path):
+def test_mistakes_end_in_one_line(data, out, message, checkpoints, image_folder, tmp_path):
     folder = tmp_path / "folder.npz"
     folder.mkdir()
     flags = ["--checkpoint", checkpoints["vit"][0], "--data", image_folder / data]
@@ -153,12 +153,12 @@ def test_mistakes_end_in_a_sentence(data, out, sentence, checkpoints, image_fold
     args = extract.get_args_parser().parse_args([str(flag) for flag in flags])
     with pytest.raises(UserError) as caught:
         extract.main(args)
-    assert re.search(sentence, str(caught.value))
+    assert re.search(message, str(caught.value))
 
 
 @pytest.mark.parametrize("form", ["npz", "npy"])
-def test_a_bad_picture_is_named_and_leaves_no_half_file(form, checkpoints, image_folder, tmp_path):
-    folder = tmp_path / "pictures"
+def test_a_bad_image_is_named_and_leaves_no_half_file(form, checkpoints, image_folder, tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     good = (image_folder / "val" / "a" / "0.jpg").read_bytes()
     (folder / "a.jpg").write_bytes(good)
@@ -169,7 +169,7 @@ def test_a_bad_picture_is_named_and_leaves_no_half_file(form, checkpoints, image
 
 
 def test_command_line(image_folder, tmp_path):
-    """As a user calls it, through loader processes; a pipe gets no bar."""
+    """As a user calls it, through DataLoader workers; a pipe gets no bar."""
     torch.manual_seed(0)
     model = models_vit.vit_mini_patch4(img_size=32, patch_size=16, num_classes=2)
     args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)

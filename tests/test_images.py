@@ -24,7 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RANDOM = np.random.RandomState(0)
 
 
-def picture(height: int = 37, width: int = 50) -> Image.Image:
+def make_image(height: int = 37, width: int = 50) -> Image.Image:
     coarse = Image.fromarray(RANDOM.randint(0, 256, (6, 6, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -42,7 +42,7 @@ def png_bomb() -> bytes:
 
 def jpeg_bomb() -> bytes:
     """A small JPEG that claims to have 60000 x 60000 pixels."""
-    data = encode(picture(), "JPEG")
+    data = encode(make_image(), "JPEG")
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + struct.pack(">HH", 60000, 60000) + data[at + 4 :]
 
@@ -55,9 +55,9 @@ def npy(array: np.ndarray, **options) -> bytes:
 
 BAD = {
     "empty.jpg": lambda: b"",
-    "cut.jpg": lambda: encode(picture(200, 200), "JPEG")[:-500],
-    "cut_in_header.jpg": lambda: encode(picture(), "JPEG")[:90],
-    "cut.png": lambda: encode(picture(), "PNG")[:-200],
+    "cut.jpg": lambda: encode(make_image(200, 200), "JPEG")[:-500],
+    "cut_in_header.jpg": lambda: encode(make_image(), "JPEG")[:90],
+    "cut.png": lambda: encode(make_image(), "PNG")[:-200],
     "page.jpg": lambda: b"<html><body>404 Not Found</body></html>",
     "start_only.jpg": lambda: b"\xff\xd8\xff",
     "bomb.png": png_bomb,
@@ -102,32 +102,32 @@ def test_reasons(tmp_path):
 def rotated() -> bytes:
     exif = Image.Exif()
     exif[274] = 6  # orientation: show it turned by 90 degrees
-    return encode(picture(30, 50), "JPEG", exif=exif.tobytes())
+    return encode(make_image(30, 50), "JPEG", exif=exif.tobytes())
 
 
-ODD = {
-    "png_named.jpg": lambda: encode(picture(), "PNG"),
-    "jpeg_named.png": lambda: encode(picture(), "JPEG"),
-    "webp_named.jpeg": lambda: encode(picture(), "WEBP", lossless=True),
-    "cmyk.jpg": lambda: encode(picture().convert("CMYK"), "JPEG"),
-    "grey.jpg": lambda: encode(picture().convert("L"), "JPEG"),
-    "progressive.jpg": lambda: encode(picture(), "JPEG", progressive=True),
-    "palette.png": lambda: encode(picture().quantize(16), "PNG", transparency=3),
-    "transparent.png": lambda: encode(picture().convert("RGBA"), "PNG"),
-    "grey_alpha.png": lambda: encode(picture().convert("LA"), "PNG"),
-    "two_colours.png": lambda: encode(picture().convert("1"), "PNG"),
+UNUSUAL = {
+    "png_named.jpg": lambda: encode(make_image(), "PNG"),
+    "jpeg_named.png": lambda: encode(make_image(), "JPEG"),
+    "webp_named.jpeg": lambda: encode(make_image(), "WEBP", lossless=True),
+    "cmyk.jpg": lambda: encode(make_image().convert("CMYK"), "JPEG"),
+    "grey.jpg": lambda: encode(make_image().convert("L"), "JPEG"),
+    "progressive.jpg": lambda: encode(make_image(), "JPEG", progressive=True),
+    "palette.png": lambda: encode(make_image().quantize(16), "PNG", transparency=3),
+    "transparent.png": lambda: encode(make_image().convert("RGBA"), "PNG"),
+    "grey_alpha.png": lambda: encode(make_image().convert("LA"), "PNG"),
+    "two_colours.png": lambda: encode(make_image().convert("1"), "PNG"),
     "rotated.jpg": rotated,
-    "one_pixel.png": lambda: encode(picture(1, 1), "PNG"),
-    "one_pixel.jpg": lambda: encode(picture(1, 1), "JPEG"),
-    "one_row.png": lambda: encode(picture(1, 300), "PNG"),
+    "one_pixel.png": lambda: encode(make_image(1, 1), "PNG"),
+    "one_pixel.jpg": lambda: encode(make_image(1, 1), "JPEG"),
+    "one_row.png": lambda: encode(make_image(1, 300), "PNG"),
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_pictures_have_pillows_pixels(name, tmp_path):
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_images_have_pillows_pixels(name, tmp_path):
     """Both ways of reading give what Image.open(...).convert("RGB") gives, and train."""
     path = tmp_path / name
-    path.write_bytes(ODD[name]())
+    path.write_bytes(UNUSUAL[name]())
     with Image.open(path) as image:
         expected = np.array(image.convert("RGB"))
     assert np.array_equal(np.array(open_image(path)), expected)
@@ -145,7 +145,7 @@ def test_odd_pictures_have_pillows_pixels(name, tmp_path):
 def test_other_numbers_of_channels(in_chans, mode, tmp_path):
     """What Pillow converts to."""
     for name in ("jpeg_named.png", "grey.jpg", "transparent.png", "palette.png"):
-        (tmp_path / name).write_bytes(ODD[name]())
+        (tmp_path / name).write_bytes(UNUSUAL[name]())
         with Image.open(tmp_path / name) as image:
             expected = np.array(image.convert(mode)).reshape(image.height, image.width, in_chans)
         pixels = read_image(tmp_path / name, in_chans).permute(1, 2, 0).numpy()
@@ -154,7 +154,7 @@ def test_other_numbers_of_channels(in_chans, mode, tmp_path):
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_sixteen_bits_are_scaled(in_chans, tmp_path):
-    """Not cut off at 255, which would make a white picture."""
+    """Not cut off at 255, which would make a white image."""
     values = RANDOM.randint(0, 65536, (20, 30)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     pixels = read_image(tmp_path / "deep.png", in_chans)
@@ -164,9 +164,9 @@ def test_sixteen_bits_are_scaled(in_chans, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the same damage
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP"])
-def test_damaged_bytes_are_a_bad_image_or_a_picture(kind, tmp_path):
-    """Whatever is wrong with a file, nothing but a BadImage comes out of reading it."""
-    data, path = encode(picture(), kind), tmp_path / "damaged"
+def test_damaged_bytes_are_a_bad_image_or_an_image(kind, tmp_path):
+    """Damaged files raise BadImage and nothing else."""
+    data, path = encode(make_image(), kind), tmp_path / "damaged"
     random = np.random.RandomState(1)
     outcomes = set()
     for attempt in range(150):
@@ -184,7 +184,7 @@ def test_damaged_bytes_are_a_bad_image_or_a_picture(kind, tmp_path):
 
 @pytest.mark.parametrize("dtype, largest", [("u1", 255), ("u2", 65535), (">u2", 65535), ("f4", 1)])
 def test_arrays(dtype, largest, tmp_path):
-    """(H, W, 13) of whole numbers become 0..1, floats stay; (H, W) is one channel."""
+    """(H, W, 13) integers are scaled to [0, 1], floats unchanged; (H, W) is one channel."""
     values = (RANDOM.rand(9, 11, 13) * largest).astype(dtype)
     np.save(tmp_path / "bands.npy", values)
     read = open_image(tmp_path / "bands.npy", 13)
@@ -196,7 +196,7 @@ def test_arrays(dtype, largest, tmp_path):
 
 
 def test_pages_of_a_tiff(tmp_path):
-    """Five pages of 16 bits are five channels; another number is refused with both numbers."""
+    """Five pages of 16 bits are five channels; another count is refused with both counts."""
     pages = RANDOM.randint(0, 65536, (5, 9, 11)).astype(np.uint16)
     first, *others = (Image.fromarray(page) for page in pages)
     first.save(tmp_path / "pages.tif", save_all=True, append_images=others)
@@ -211,31 +211,31 @@ def photographs(folder: Path) -> list[Path]:
     from sklearn.datasets import load_sample_images
 
     paths = []
-    for number, pixels in enumerate(load_sample_images().images):
+    for index, pixels in enumerate(load_sample_images().images):
         for width, height, quality in ((640, 427, 95), (500, 375, 90), (350, 250, 75)):
             image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
-            paths.append(folder / f"{number}_{width}.jpg")
+            paths.append(folder / f"{index}_{width}.jpg")
             image.save(paths[-1], quality=quality)
     return paths
 
 
 @pytest.mark.parametrize("in_chans", [3, 1])
-def test_fast_chain_equals_the_recipe_on_photographs(in_chans, tmp_path, monkeypatch):
+def test_fast_pipeline_equals_the_recipe_on_photographs(in_chans, tmp_path, monkeypatch):
     """Same crop boxes and flips; mean difference 0.1 grey levels, mean PSNR 65 dB."""
     boxes = []
     get_params = transforms.RandomResizedCrop.get_params
 
-    def noting(img, scale, ratio):
+    def recorded(img, scale, ratio):
         boxes.append(get_params(img, scale, ratio))
         return boxes[-1]
 
-    monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", staticmethod(noting))
+    monkeypatch.setattr(transforms.RandomResizedCrop, "get_params", staticmethod(recorded))
     plain = Namespace(input_size=224, mean=[0.0] * in_chans, std=[1.0] * in_chans)
     recipe, fast = build_pretrain_transform(plain), FastPretrainTransform(224)
     differences, ratios = [], []
-    for number, path in enumerate(photographs(tmp_path)):
+    for index, path in enumerate(photographs(tmp_path)):
         image, pixels = open_image(path, in_chans), read_image(path, in_chans)
-        for seed in range(4 * number, 4 * number + 4):
+        for seed in range(4 * index, 4 * index + 4):
             torch.manual_seed(seed)
             expected = 255 * recipe(image)
             torch.manual_seed(seed)
@@ -253,7 +253,7 @@ def test_normalize_equals_the_recipe():
     """uint8 on the device against ToTensor and Normalize, on all grey levels."""
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([pixels, pixels.T, pixels[::-1]], axis=2))
-    chain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    recipe = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     batch = transforms.functional.pil_to_tensor(image)[None]
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
-    assert (normalize(batch, mean, std)[0] - chain(image)).abs().max() <= 1e-6
+    assert (normalize(batch, mean, std)[0] - recipe(image)).abs().max() <= 1e-6

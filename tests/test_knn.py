@@ -55,7 +55,7 @@ def test_equals_a_double_loop(chunk, temperature):
     rows = train[0].tolist(), train[1].tolist()
     for k in ks:
         assert found[k] == pytest.approx(naive_accuracy(rows, val, k, temperature))
-    assert 0 < found[1][0] < 100 and found[1][0] == found[1][1]  # one neighbour, one guess
+    assert 0 < found[1][0] < 100 and found[1][0] == found[1][1]  # one neighbor, one guess
 
 
 def test_nearest_are_those_of_a_full_sort():
@@ -89,7 +89,7 @@ def test_a_class_without_a_vote_is_no_guess():
     assert right == {0: [0, 0], 1: [1, 1], 2: [0, 0], 3: [0, 1], 4: [0, 0], 5: [0, 0]}
 
 
-def test_too_many_neighbours(caplog):
+def test_too_many_neighbors(caplog):
     assert knn.choose_ks([100, 5, 1, 5], 20) == [1, 5]
     assert "Left out k = 100: there are 20 training images" in caplog.text
     with pytest.raises(ValueError, match="--k 25 30 does not fit 20 training images"):
@@ -99,7 +99,7 @@ def test_too_many_neighbours(caplog):
 
 
 def write_data(folder: Path, splits: dict[str, list[str]], count: int = 4) -> None:
-    """Pictures that even an untrained network tells apart: each class of another colour."""
+    """Images that even an untrained network tells apart: each class of another colour."""
     colours = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230)}
     random = np.random.RandomState(0)
     for split, classes in splits.items():

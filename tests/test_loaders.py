@@ -1,9 +1,12 @@
-"""The order of pictures, pictures that are replaced, and what a slow data set is told."""
+"""The order of images, replaced images, errors of workers, and slow data loading."""
 
 import logging
 import re
+import subprocess
+import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,38 +30,38 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def settings(folder, **changes) -> Namespace:
-    pictures = dict(input_size=32, in_chans=3, mean=MEAN, std=STD, loader="fast", seed=0)
+    images = dict(input_size=32, in_chans=3, mean=MEAN, std=STD, loader="fast", seed=0)
     loading = dict(batch_size=4, num_workers=0, prefetch=2, pin_mem=False, accum_iter=1)
     augment = dict(color_jitter=None, aa="", reprob=0.0, remode="pixel", recount=1)
     more = dict(device=torch.device("cpu"), data_path=str(folder), skip_bad_images=False)
-    return Namespace(**(pictures | loading | augment | more | changes))
+    return Namespace(**(images | loading | augment | more | changes))
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A flat folder of 24 pictures, 0.png ... 23.png, each of one colour, its number times ten."""
-    for number in range(24):
-        Image.new("RGB", (40, 40), (10 * number,) * 3).save(tmp_path / f"{number:02d}.png")
+def image_dir(tmp_path):
+    """A flat folder of 24 images, 00.png ... 23.png, image i of the grey level 10 i."""
+    for index in range(24):
+        Image.new("RGB", (40, 40), (10 * index,) * 3).save(tmp_path / f"{index:02d}.png")
     return tmp_path
 
 
-def numbers_in(batches) -> list[int]:
-    """Which of the pictures, by their colour, in normalised batches."""
+def indices_in(batches) -> list[int]:
+    """Image indices, from the grey levels of normalized batches."""
     imgs = torch.cat([imgs for imgs, _ in batches])
     return ((imgs[:, 0, 0, 0] * STD[0] + MEAN[0]) * 25.5).round().int().tolist()
 
 
-def spoil(folder, *numbers: int) -> list[str]:
-    """Cut these pictures off in the middle; their paths."""
-    paths = [folder / f"{number:02d}.png" for number in numbers]
+def truncate(folder, *indices: int) -> list[str]:
+    """Cut these images off in the middle; their paths."""
+    paths = [folder / f"{index:02d}.png" for index in indices]
     for path in paths:
         path.write_bytes(path.read_bytes()[:60])
     return [str(path) for path in paths]
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 4), (2, 4), (3, 5)])
-def test_processes_share_an_epoch(world_size, batch_size, monkeypatch):
-    """Equally many full batches, no picture twice, another order and other left-overs each time."""
+def test_ranks_get_disjoint_shards_of_an_epoch(world_size, batch_size, monkeypatch):
+    """Equally many full batches, no image twice, another order and remainder in every epoch."""
     monkeypatch.setattr(util.data.loaders, "get_world_size", lambda: world_size)
     epochs = []
     for epoch in (0, 1, 0):
@@ -71,11 +74,11 @@ def test_processes_share_an_epoch(world_size, batch_size, monkeypatch):
             assert all(len(batch) == batch_size for batch in batches)
             drawn += [key for batch in batches for key in batch]
         assert len(set(drawn)) == len(drawn) and {e for e, _ in drawn} == {epoch}
-        epochs.append([number for _, number in drawn])
+        epochs.append([index for _, index in drawn])
     assert epochs[0] == epochs[2] != epochs[1] and set(epochs[0]) != set(epochs[1])
 
 
-def test_an_epoch_goes_on_where_it_was_left():
+def test_an_epoch_resumes_in_the_middle():
     batches = TrainBatchSampler(47, 4, seed=3)
     batches.set_epoch(2)
     whole = list(batches)
@@ -83,16 +86,16 @@ def test_an_epoch_goes_on_where_it_was_left():
     assert list(batches) == whole[7:] and len(batches) == len(whole) == 11
 
 
-def test_evaluation_takes_every_picture_once():
+def test_evaluation_takes_every_image_once():
     parts = [EvalBatchSampler(23, 4, part, 3) for part in range(3)]
     assert [len(part) for part in parts] == [len(list(part)) for part in parts] == [2, 2, 2]
     assert sorted(n for part in parts for batch in part for _, n in batch) == list(range(23))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_epochs_of_pictures(pictures, num_workers):
-    """Every picture once per epoch; batches travel as uint8; loader processes live on."""
-    args = settings(pictures, num_workers=num_workers)
+def test_every_image_once_per_epoch(image_dir, num_workers):
+    """Every image once per epoch; batches leave the workers as uint8; workers are persistent."""
+    args = settings(image_dir, num_workers=num_workers)
     loader = build_train_loader(build_pretrain_dataset(args), args)
     assert next(iter(loader.loader))[0].dtype == torch.uint8
     orders = []
@@ -100,27 +103,27 @@ def test_epochs_of_pictures(pictures, num_workers):
         loader.set_epoch(epoch)
         batches = list(loader)
         assert all(imgs.dtype == torch.float32 for imgs, _ in batches)
-        orders.append(numbers_in(batches))
+        orders.append(indices_in(batches))
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(24)) and orders[0] != orders[1]
     assert loader.loader.persistent_workers is (num_workers > 0)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
-def test_a_bad_picture_stops_training(pictures, kind):
-    """With its path; tests/test_own_data.py has the real script with loader processes."""
-    (path,) = spoil(pictures, 13)
-    args = settings(pictures)
+def test_a_bad_image_stops_training(image_dir, kind):
+    """With its path; tests/test_own_data.py has the real script with DataLoader workers."""
+    (path,) = truncate(image_dir, 13)
+    args = settings(image_dir)
     if kind == "pretrain":
         dataset = build_pretrain_dataset(args)
     else:
-        args.data_path = as_classes(pictures)
+        args.data_path = as_classes(image_dir)
         dataset, path = build_dataset(True, args), "train/cat/13.png"
     with pytest.raises(BadImage, match=f"Cannot read the image .*{path} "):
         list(build_train_loader(dataset, args))
 
 
 def as_classes(folder) -> str:
-    """The same pictures as DATA/train/cat and DATA/val/cat."""
+    """The same images as DATA/train/cat and DATA/val/cat."""
     root = folder / ".classes"
     for split in ("train", "val"):
         (root / split).mkdir(parents=True)
@@ -129,10 +132,10 @@ def as_classes(folder) -> str:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pictures_are_replaced_and_counted(pictures, num_workers, caplog):
+def test_bad_images_are_replaced_and_counted(image_dir, num_workers, caplog):
     """By the next good one, the same every time, and with a warning in every epoch."""
-    paths = spoil(pictures, 5, 6, 23)
-    args = settings(pictures, num_workers=num_workers, skip_bad_images=True)
+    paths = truncate(image_dir, 5, 6, 23)
+    args = settings(image_dir, num_workers=num_workers, skip_bad_images=True)
     loader = build_train_loader(build_pretrain_dataset(args), args)
     expected = sorted([*range(24), 7, 7, 0])
     for bad in (5, 6, 23):
@@ -141,7 +144,7 @@ def test_bad_pictures_are_replaced_and_counted(pictures, num_workers, caplog):
         loader.set_epoch(epoch)
         caplog.clear()
         batches = list(loader)
-        assert sorted(numbers_in(batches)) == expected and len(batches[0]) == 2
+        assert sorted(indices_in(batches)) == expected and len(batches[0]) == 2
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
         assert f"Epoch: [{epoch}] replaced 3 unreadable images by others" in record.getMessage()
@@ -151,51 +154,51 @@ def test_bad_pictures_are_replaced_and_counted(pictures, num_workers, caplog):
     assert all(a.equal(b) for (a, _), (b, _) in zip(batches, again, strict=True))
 
 
-def test_good_pictures_are_not_reported(pictures, caplog):
-    args = settings(pictures, skip_bad_images=True)
-    plain = settings(pictures)
+def test_good_images_are_not_reported(image_dir, caplog):
+    args = settings(image_dir, skip_bad_images=True)
+    plain = settings(image_dir)
     loaders = [build_train_loader(build_pretrain_dataset(a), a) for a in (args, plain)]
     assert all(a.equal(b) for (a, _), (b, _) in zip(*loaders, strict=True))
     assert not caplog.records
 
 
-def test_long_lists_are_shortened(pictures, caplog):
-    spoil(pictures, *range(0, 24, 3))
-    args = settings(pictures, skip_bad_images=True)
+def test_long_lists_are_shortened(image_dir, caplog):
+    truncate(image_dir, *range(0, 24, 3))
+    args = settings(image_dir, skip_bad_images=True)
     list(build_train_loader(build_pretrain_dataset(args), args))
     message = caplog.messages[0]
     assert "replaced 8 unreadable" in message and message.endswith(" and 3 more")
     assert message.count(".png") == 5
 
 
-def test_too_many_bad_pictures_stop_training_all_the_same(pictures):
-    paths = spoil(pictures, *range(3, 3 + MAX_ATTEMPTS))
-    args = settings(pictures, skip_bad_images=True)
+def test_too_many_bad_images_stop_training_all_the_same(image_dir):
+    paths = truncate(image_dir, *range(3, 3 + MAX_ATTEMPTS))
+    args = settings(image_dir, skip_bad_images=True)
     with pytest.raises(BadImage, match=f"{MAX_ATTEMPTS} images in a row.*{paths[-1]}"):
         list(build_train_loader(build_pretrain_dataset(args), args))
 
 
-def test_fine_tuning_replaces_in_training_and_never_in_evaluation(pictures, caplog):
-    spoil(pictures, 5)
-    args = settings(pictures, skip_bad_images=True)
-    args.data_path = as_classes(pictures)
+def test_fine_tuning_replaces_in_training_and_never_in_evaluation(image_dir, caplog):
+    truncate(image_dir, 5)
+    args = settings(image_dir, skip_bad_images=True)
+    args.data_path = as_classes(image_dir)
     batches = list(build_train_loader(build_dataset(True, args), args))
     assert len(batches) == 6 and "replaced 1 unreadable images" in caplog.text
     with pytest.raises(BadImage, match="val/cat/05.png"):
         list(build_eval_loader(build_dataset(False, args), args, split=False))
 
 
-def test_fewer_pictures_than_a_batch(pictures):
-    args = settings(pictures, batch_size=32)
+def test_fewer_images_than_a_batch(image_dir):
+    args = settings(image_dir, batch_size=32)
     with pytest.raises(ValueError, match="24 training images give 0 batches .*--batch_size 32"):
         build_train_loader(build_pretrain_dataset(args), args)
-    args = settings(pictures, accum_iter=7)
+    args = settings(image_dir, accum_iter=7)
     with pytest.raises(ValueError, match="fewer than --accum_iter 7"):
         build_train_loader(build_pretrain_dataset(args), args)
 
 
 class Slow(Dataset):
-    """Takes its time for every picture."""
+    """Sleeps for every image."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -206,8 +209,8 @@ class Slow(Dataset):
 
 
 @pytest.mark.parametrize("seconds, waits", [(0.05, True), (0.0, False)])
-def test_a_slow_data_set_is_named_with_the_remedy(seconds, waits, tiny_cross, caplog):
-    """Over 30 % of the time spent waiting: one sentence with the flag that changes it."""
+def test_slow_data_loading_is_reported(seconds, waits, tiny_cross, caplog):
+    """Over 30 % of the time spent waiting: a hint with the flag to change."""
     caplog.set_level(logging.INFO)
     args = settings("", lr=0.1, min_lr=0.1, warmup_epochs=0, epochs=1)
     args.mask_ratio, args.kept_mask_ratio = 0.75, 0.5
@@ -218,8 +221,8 @@ def test_a_slow_data_set_is_named_with_the_remedy(seconds, waits, tiny_cross, ca
     train_one_epoch(model, loader, optimizer, args.device, 0, scaler, args=args)
     hints = [m for m in caplog.messages if "raise --num_workers (now 0)" in m]
     assert len(hints) == waits
-    (share,) = re.findall(r"waited for data (\d+) %", caplog.text)
-    assert (int(share) > 30) is waits
+    (percent,) = re.findall(r"waited for data (\d+) %", caplog.text)
+    assert (int(percent) > 30) is waits
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -235,6 +238,19 @@ def test_errors_of_workers_arrive_unchanged(name, num_workers, tmp_path):
     assert str(caught.value).startswith(f"Cannot read the image {tmp_path}/{shown} (empty, or ")
     assert str(caught.value).endswith("(training with --skip_bad_images skips it).")
     assert ("in load\n" in "".join(getattr(caught.value, "__notes__", []))) is (num_workers > 0)
+
+
+def test_a_script_ends_while_its_workers_wait(tmp_path):
+    """Persistent workers ignore SIGTERM, by which Python would end them."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    script = "import sys, torch; sys.path[:0] = sys.argv[1:3]; import test_loaders as t\n"
+    script += "args = t.settings(sys.argv[3], num_workers=1, batch_size=1)\n"
+    script += "loader = t.build_train_loader(t.build_pretrain_dataset(args), args)\n"
+    script += "print(len(list(loader)))"
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", script, str(tests.parent), str(tests), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "1\n", done.stderr
 
 
 class Broken(Dataset):

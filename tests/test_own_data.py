@@ -1,6 +1,6 @@
-"""Pre-training on whatever folder, list and number of channels there is; mistakes in one sentence.
+"""Pre-training on every layout of folders, lists and channels; mistakes end in one line.
 
-Every layout and kind of picture really pre-trains a step.
+Every layout and kind of image is trained on for a step.
 """
 
 import json
@@ -85,9 +85,9 @@ def test_layouts(layout, capsys, tmp_path):
     """Found as what they are, said so, and trained on; class names reach the checkpoint."""
     files, num_classes = LAYOUTS[layout]
     data, out = tmp_path / "data", tmp_path / "out"
-    for number, name in enumerate(files.split()):
-        save(data / name, seed=number)
-    (data / "notes.txt").write_text("no picture")
+    for index, name in enumerate(files.split()):
+        save(data / name, seed=index)
+    (data / "notes.txt").write_text("no image")
     text = pretrain(capsys, data, out)
     assert f"3 images {FOUND[layout].format(data=data)}, 1 batches per epoch" in text
     names = torch.load(out / "checkpoint.pth", weights_only=True)["class_names"]
@@ -98,10 +98,10 @@ def test_layouts(layout, capsys, tmp_path):
 
 def test_a_list_of_files(capsys, tmp_path):
     """Names are relative to the list; absolute ones work, and blank lines do not matter."""
-    for number in range(3):
-        save(tmp_path / "pictures" / f"{number} of 3.png", seed=number)
+    for index in range(3):
+        save(tmp_path / "images" / f"{index} of 3.png", seed=index)
     save(tmp_path / "elsewhere.jpg")
-    lines = ["pictures/0 of 3.png", "", "pictures/2 of 3.png", str(tmp_path / "elsewhere.jpg"), ""]
+    lines = ["images/0 of 3.png", "", "images/2 of 3.png", str(tmp_path / "elsewhere.jpg"), ""]
     (tmp_path / "train.txt").write_text("\n".join(lines))
     text = pretrain(capsys, tmp_path / "train.txt")
     assert f"3 images of the list {tmp_path / 'train.txt'}, 1 batches" in text
@@ -132,12 +132,12 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels(kind, capsys, tmp_path):
-    """With own mean, deviation and an oblong size; a file of other channels is named."""
+    """With own mean, std and a non-square size; a file of other channels is named."""
     in_chans, extension, write = KINDS[kind]
     data = tmp_path / "data"
     data.mkdir()
-    for number in range(2):
-        write(data / f"{number}{extension}", number)
+    for index in range(2):
+        write(data / f"{index}{extension}", index)
     values = [f"{0.4 + 0.01 * i:.2f}" for i in range(in_chans)]
     flags = ["--in_chans", in_chans, "--mean", *values, "--std", "0.25", "--input_size", 32, 48]
     text = pretrain(capsys, data, tmp_path / "out", *flags)
@@ -150,21 +150,21 @@ def test_channels(kind, capsys, tmp_path):
             pretrain(capsys, data, "", "--in_chans", in_chans + 1)
 
 
-def test_arrays_have_the_crops_of_pictures(tmp_path):
-    """An 8-bit array and the same picture: same boxes and flips, the pixels of torch's resize."""
+def test_arrays_have_the_crops_of_images(tmp_path):
+    """An 8-bit array and the same image: same boxes and flips, the pixels of torch's resize."""
     pixels = np.asarray(Image.effect_noise((90, 70), 60).resize((900, 700), Image.BICUBIC))
-    for kind in ("picture", "array"):
+    for kind in ("image", "array"):
         (tmp_path / kind).mkdir()
-    Image.fromarray(pixels).save(tmp_path / "picture/0.png")
+    Image.fromarray(pixels).save(tmp_path / "image/0.png")
     np.save(tmp_path / "array/0.npy", pixels)
     args = Namespace(input_size=64, in_chans=1, mean=[0.5], std=[0.5], loader="pillow", seed=0)
     datasets = []
-    for kind in ("picture", "array"):
+    for kind in ("image", "array"):
         args.data_path = str(tmp_path / kind)
         datasets.append(build_pretrain_dataset(args))
     for epoch in range(6):
-        picture, array = (dataset[epoch, 0][0] for dataset in datasets)
-        assert (picture - array).abs().mean() < 1 / 127.5  # half a grey level of 255
+        image, array = (dataset[epoch, 0][0] for dataset in datasets)
+        assert (image - array).abs().mean() < 1 / 127.5  # half a grey level of 255
 
 
 def test_fine_tuning_on_arrays(capsys, tmp_path):
@@ -172,8 +172,8 @@ def test_fine_tuning_on_arrays(capsys, tmp_path):
     for split in ("train", "val"):
         for label in ("field", "water"):
             (tmp_path / split / label).mkdir(parents=True)
-            for number in range(2):
-                bands(tmp_path / split / label / f"{number}.npy", number, "u2")
+            for index in range(2):
+                bands(tmp_path / split / label / f"{index}.npy", index, "u2")
     finetune(tmp_path, "--in_chans", "13", "--reprob", "1", "--input_size", "32", "48")
     text = capsys.readouterr().out
     assert "4 training and 4 validation images of 2 classes" in text and "* Acc@1" in text
@@ -223,8 +223,8 @@ def two_classes(folder: Path) -> None:
         save(folder / split / "dog/0.png")
 
 
-def pictures_in_loops(folder: Path) -> None:
-    """A single picture, and links that lead back up and to themselves."""
+def images_in_symlink_cycles(folder: Path) -> None:
+    """Two images, and symlink cycles."""
     two_classes(folder)
     (folder / "train/cat/up").symlink_to(folder / "train")
     (folder / "train/dog/self").symlink_to(folder / "train/dog/self")
@@ -248,7 +248,7 @@ PRETRAIN_MISTAKES = [
     (an_empty_class, "", "no image in the class folder .*/train/dog; add some or remove it"),
     (a_hidden_class, "", "no class folder in .*/train"),
     (only_train, "", "1 training images give 0 batches per epoch"),
-    (pictures_in_loops, "", "2 training images give 0 batches .*--batch_size 64"),
+    (images_in_symlink_cycles, "", "2 training images give 0 batches .*--batch_size 64"),
     (a_list_of(), "list.txt", "There is no line in the list .*/list.txt"),
     (a_list_of("a.png", "b.csv"), "list.txt", "holds 'b.csv', not an image"),
     (a_list_of("a.png", "b.png"), "list.txt", "Cannot read the image .*/[ab].png .No such file"),
@@ -256,14 +256,14 @@ PRETRAIN_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("arrange, name, sentence", PRETRAIN_MISTAKES)
-def test_pretraining_says_what_is_wrong(arrange, name, sentence, capsys, tmp_path):
-    """In one sentence and with status 1, before a model is built."""
+@pytest.mark.parametrize("arrange, name, message", PRETRAIN_MISTAKES)
+def test_pretraining_says_what_is_wrong(arrange, name, message, capsys, tmp_path):
+    """In one line and with status 1, before a model is built."""
     arrange(tmp_path)
-    batch_size = "64" if arrange is pictures_in_loops else "2"
+    batch_size = "64" if arrange is images_in_symlink_cycles else "2"
     flags = [*PRETRAIN, "--data_path", str(tmp_path / name), "--output_dir", ""]
     args = main_pretrain.get_args_parser().parse_args([*flags, "--batch_size", batch_size])
-    assert_one_sentence(main_pretrain.main, args, sentence, capsys)
+    assert_one_line_error(main_pretrain.main, args, message, capsys)
 
 
 FINETUNE_MISTAKES = [
@@ -276,26 +276,26 @@ FINETUNE_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("arrange, flags, sentence", FINETUNE_MISTAKES)
-def test_fine_tuning_says_what_is_wrong(arrange, flags, sentence, capsys, tmp_path):
+@pytest.mark.parametrize("arrange, flags, message", FINETUNE_MISTAKES)
+def test_fine_tuning_says_what_is_wrong(arrange, flags, message, capsys, tmp_path):
     arrange(tmp_path)
     flags = [*FINETUNE, "--data_path", str(tmp_path), "--output_dir", "", *flags]
     args = main_finetune.get_args_parser().parse_args(flags)
-    assert_one_sentence(main_finetune.main, args, sentence, capsys)
+    assert_one_line_error(main_finetune.main, args, message, capsys)
 
 
-def assert_one_sentence(main, args, sentence: str, capsys) -> None:
+def assert_one_line_error(main, args, message: str, capsys) -> None:
     """A run with these arguments ends with status 1 and this error, without a traceback."""
     with pytest.raises(SystemExit) as stop:
         launch(main, args)
     text = capsys.readouterr().out
     assert stop.value.code == 1
     errors = [line for line in text.splitlines() if "Error:" in line]
-    assert len(errors) == 1 and re.search(sentence, errors[0]), text
+    assert len(errors) == 1 and re.search(message, errors[0]), text
     assert text.splitlines()[-1] == errors[0] and "Traceback" not in text
 
 
-def test_classes_are_checked_without_listing_the_pictures(monkeypatch, tmp_path):
+def test_classes_are_checked_without_listing_the_images(monkeypatch, tmp_path):
     """Only train/ and val/ are opened, and not the folders with a million files below."""
     opened = []
     two_classes(tmp_path)
@@ -306,7 +306,7 @@ def test_classes_are_checked_without_listing_the_pictures(monkeypatch, tmp_path)
     assert opened == ["train", "val"] and args.nb_classes == 2
 
 
-def test_no_picture_is_looked_at_before_it_is_used(monkeypatch, tmp_path):
+def test_no_image_is_looked_at_before_it_is_used(monkeypatch, tmp_path):
     """Folders are listed, each class once; a million files are a million names."""
     opened, looked_at = [], []
     two_classes(tmp_path)
@@ -319,11 +319,11 @@ def test_no_picture_is_looked_at_before_it_is_used(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_bad_picture_in_the_real_script(num_workers, tmp_path):
-    """Status 1 and one sentence with the path; with --skip_bad_images status 0 and a warning."""
+def test_a_bad_image_in_the_real_script(num_workers, tmp_path):
+    """Status 1 and one line with the path; with --skip_bad_images status 0 and a warning."""
     data = tmp_path / "data"
-    for number in range(8):
-        save(data / f"{number}.jpg", seed=number)
+    for index in range(8):
+        save(data / f"{index}.jpg", seed=index)
     bad = data / "5.jpg"
     bad.write_bytes(bad.read_bytes()[:-300])
     flags = ["main_pretrain", *PRETRAIN, "--data_path", data, "--num_workers", num_workers]
@@ -340,7 +340,7 @@ def test_a_bad_picture_in_the_real_script(num_workers, tmp_path):
     assert [json.loads(line)["train_replaced"] for line in epochs] == [1] * len(epochs)
 
 
-def test_bad_pictures_are_never_passed_over_in_evaluation():
+def test_bad_images_are_never_skipped_in_evaluation():
     args = main_finetune.get_args_parser().parse_args(
         ["--eval", "--resume", "x.pth", "--skip_bad_images"]
     )

@@ -1,4 +1,4 @@
-"""Pictures in tar files: the same training as from a folder of the same pictures."""
+"""Images in tar files: the same training as from a folder of the same images."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ from util.data.sources import list_pretrain_images
 from util.datasets import build_pretrain_dataset
 from util.io.errors import BadImage, UserError
 
-COUNT = 22  # pictures
+COUNT = 22  # images
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes, kind=tarfile.REGTYPE) -> None:
@@ -31,16 +31,16 @@ def add(tar: tarfile.TarFile, name: str, data: bytes, kind=tarfile.REGTYPE) -> N
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(folder of pictures, folder of three shards that hold the same, in the same order)."""
+    """(folder of images, folder of three shards that hold the same, in the same order)."""
     root = tmp_path_factory.mktemp("shards")
     plain, shards = root / "plain", root / "shards"
     plain.mkdir()
     shards.mkdir()
     random = np.random.RandomState(0)
     files = []
-    for number in range(COUNT):
+    for index in range(COUNT):
         pixels = random.randint(0, 256, (32, 40, 3), dtype=np.uint8)
-        path = plain / f"{number:06d}.{'jpg' if number % 2 else 'png'}"
+        path = plain / f"{index:06d}.{'jpg' if index % 2 else 'png'}"
         Image.fromarray(pixels).save(path)
         files.append(path)
     for shard, part in enumerate((files[:3], files[3:15], files[15:])):
@@ -56,13 +56,13 @@ def folders(tmp_path_factory):
 
 
 def settings(path, **changes) -> Namespace:
-    pictures = dict(input_size=32, in_chans=3, mean=[0.5] * 3, std=[0.5] * 3, loader="fast", seed=0)
+    images = dict(input_size=32, in_chans=3, mean=[0.5] * 3, std=[0.5] * 3, loader="fast", seed=0)
     loading = dict(batch_size=4, num_workers=0, prefetch=2, pin_mem=False, accum_iter=1)
     more = dict(device=torch.device("cpu"), data_path=str(path), skip_bad_images=False)
-    return Namespace(**(pictures | loading | more | changes))
+    return Namespace(**(images | loading | more | changes))
 
 
-def test_every_picture_is_found(folders):
+def test_every_image_is_found(folders):
     """The bytes of each member are those of its file; hidden and other members do not count."""
     plain, shards = folders
     samples, classes, description = list_pretrain_images(str(shards))
@@ -88,7 +88,7 @@ def test_patterns_and_folders_mean_the_same(folders, tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_equal_those_of_a_folder(folders, num_workers):
-    """In every epoch, and with more loader processes than the pictures' shards would feed."""
+    """In every epoch, and with more DataLoader workers than the images' shards would feed."""
     loaders = []
     for path, workers in zip(folders, (0, num_workers), strict=True):
         args = settings(path, num_workers=workers)
@@ -103,7 +103,7 @@ def test_batches_equal_those_of_a_folder(folders, num_workers):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_runs_equal_those_on_a_folder(folders, size, tmp_path):
-    """Real runs of 1 and 2 processes: the losses are the same to the last bit."""
+    """Real runs of 1 and 2 ranks: the losses are bitwise equal."""
     logs = []
     for path in folders:
         out = tmp_path / path.name
@@ -134,7 +134,7 @@ def test_arrays_in_shards(tmp_path):
 
 
 def test_a_bad_member_is_named(folders, tmp_path, caplog):
-    """Shard and name; --skip_bad_images passes it over."""
+    """Shard and name; --skip_bad_images skips it."""
     plain, _ = folders
     shard = tmp_path / "a.tar"
     with tarfile.open(shard, "w") as tar:
@@ -178,7 +178,7 @@ def test_a_damaged_shard_is_named(damage, folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern, sentence",
+    "pattern, message",
     [
         ("https://host/set-{0000..0003}.tar", "is not on a disk; copy the shards, or mount"),
         ("pipe:cat set-0000.tar", "is not on a disk"),
@@ -189,16 +189,16 @@ def test_a_damaged_shard_is_named(damage, folders, tmp_path):
         ("{tmp}/validation-0.tar", "no image in the 1 shards"),
     ],
 )
-def test_mistakes_end_in_a_sentence(pattern, sentence, tmp_path):
+def test_mistakes_end_in_one_line(pattern, message, tmp_path):
     for name in ("set-0000.tar", "validation-0.tar"):
         with tarfile.open(tmp_path / name, "w") as tar:
-            add(tar, "notes.txt", b"no picture")
+            add(tar, "notes.txt", b"no image")
     path = pattern if "://" in pattern or "pipe" in pattern else pattern.format(tmp=tmp_path)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         list_pretrain_images(path)
 
 
-def test_tar_files_beside_pictures_are_refused(image_folder, tmp_path):
+def test_tar_files_beside_images_are_refused(image_folder, tmp_path):
     """Which of the two is meant? An archive left beside its class folders is not the data."""
     shutil.copytree(image_folder, tmp_path / "data")
     place = next((tmp_path / "data").glob("train"), tmp_path / "data")

@@ -29,7 +29,7 @@ ANSWERS = {
     ],
     "own data, folders, classes": [
         "docs/data.md#class",
-        "test_loaders.py::test_a_bad_picture_stops_training",
+        "test_loaders.py::test_a_bad_image_stops_training",
         "test_end_to_end.py::test_invalid_flags_give_one_line_error",
     ],
     "one machine, CPU": ["test_end_to_end.py::test_pretraining_outputs"],
@@ -61,15 +61,15 @@ ANSWERS = {
         "test_attention.py::test_name_states_why_flash_attn_is_not_used_on_gpu",
         "test_attention.py::test_selection_changes_no_global_state",
     ],
-    "loading starves the GPU": ["test_loaders.py::test_a_slow_data_set_is_named_with_the_remedy"],
+    "loading starves the GPU": ["test_loaders.py::test_slow_data_loading_is_reported"],
     "shuffling": [
-        "test_loaders.py::test_epochs_of_pictures",
-        "test_loaders.py::test_processes_share_an_epoch",
+        "test_loaders.py::test_every_image_once_per_epoch",
+        "test_loaders.py::test_ranks_get_disjoint_shards_of_an_epoch",
     ],
     "distributed evaluation": [
         "test_distributed.py::test_evaluation_is_independent_of_world_size_and_batch_size"
     ],
-    "features": ["test_extract.py::test_forms_agree_and_nothing_is_left_to_chance"],
+    "features": ["test_extract.py::test_formats_agree_and_outputs_are_deterministic"],
     "linear probe and kNN": [
         "test_finetune_tasks.py::test_linear_probe_keeps_the_encoder_frozen",
         "test_knn.py::test_equals_a_double_loop",
@@ -99,7 +99,7 @@ ANSWERS = {
         "test_reference.py::test_bf16_error_is_that_of_the_reference",
     ],
     "one bad image": [
-        "test_loaders.py::test_bad_pictures_are_replaced_and_counted",
+        "test_loaders.py::test_bad_images_are_replaced_and_counted",
         "test_images.py::test_a_bad_file_is_named",
     ],
     "attention maps": ["test_visualize.py::test_attention_is_the_modules_own"],

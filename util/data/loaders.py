@@ -5,6 +5,7 @@ The order of epoch e depends on the seed and e alone.
 Shapes: B images, C channels, H height, W width.
 """
 
+import atexit
 import logging
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from util.data.transforms import normalize
 from util.distributed import get_rank, get_world_size
 from util.io.errors import UserError, escape
-from util.run.signals import ignore_signals_in_worker
+from util.run.signals import ignore_signals_in_worker, kill_workers
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,8 @@ def build_loader(dataset: Dataset, batch_sampler: Sampler, args) -> DeviceLoader
         worker_init_fn=ignore_signals_in_worker,
         generator=torch.Generator(),  # its own: the model's random numbers are not used
     )
+    if args.num_workers > 0:  # they ignore SIGTERM, with which Python would end them at its exit
+        atexit.register(kill_workers)
     return DeviceLoader(loader, args.device, args.mean, args.std)
 
 
