@@ -82,13 +82,11 @@ def is_shards(source: str) -> bool:
 
 def list_shards(folder: str | Path) -> list[str]:
     """The tar files in a folder; none where it cannot be read."""
-    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
-        return sorted(
-            e.path
-            for e in entries
-            if e.name.endswith((".tar", *COMPRESSED)) and e.name[0] != "." and e.is_file()
-        )
-    return []
+    names = []
+    with contextlib.suppress(PermissionError):
+        names = sorted(os.listdir(folder))
+    tars = [n for n in names if n.endswith((".tar", *COMPRESSED)) and not n.startswith(".")]
+    return [path for path in (os.path.join(folder, n) for n in tars) if os.path.isfile(path)]
 
 
 def find_shards(source: str) -> list[str]:
