@@ -18,7 +18,7 @@ from util.data.transforms import (
     build_pretrain_transform,
     build_transform,
 )
-from util.io.errors import BadImage
+from util.io.errors import BadImage, UserError
 from util.rng import seeded
 
 MAX_ATTEMPTS = 10  # bad images in a row that --skip_bad_images accepts, plus one
@@ -82,9 +82,11 @@ def build_pretrain_dataset(args) -> ImageDataset:
         UserError: there is nothing to train on; the message names the place.
     """
     samples, classes, description = list_pretrain_images(args.data_path)
+    are_arrays = has_arrays(samples, args.in_chans)
+    if not are_arrays:
+        check_scale(args)
     # Pillow weighs colors by alpha when it resizes RGBA, which the fast path does not.
-    is_plain = args.in_chans in (1, 3) and not has_arrays(samples, args.in_chans)
-    if args.loader == "fast" and is_plain:
+    if args.loader == "fast" and args.in_chans in (1, 3) and not are_arrays:
         transform, read = FastPretrainTransform(args.input_size), read_image
     else:
         transform, read = build_pretrain_transform(args), open_image
@@ -99,13 +101,26 @@ def build_dataset(is_train: bool, args) -> ImageDataset:
     """Images of fine-tuning or evaluation, DATA/train/CLASS/* or DATA/val/CLASS/*."""
     folder = Path(args.data_path, "train" if is_train else "val")
     samples, classes, _ = list_classes(folder)
-    if is_train and has_arrays(samples, args.in_chans):
+    are_arrays = has_arrays(samples, args.in_chans)
+    if not are_arrays:
+        check_scale(args)
+    if is_train and are_arrays:
         transform = build_array_transform(args)
     else:
         transform = build_transform(is_train, args)
     read = partial(open_image, in_chans=args.in_chans)
     skip_bad = is_train and getattr(args, "skip_bad_images", False)
     return ImageDataset(samples, classes, transform, read, args.seed, skip_bad)
+
+
+def check_scale(args) -> None:
+    """Raises UserError for a mean or std that cannot be one of images, whose values are in 0..1."""
+    for name in ("mean", "std"):
+        outside = [value for value in getattr(args, name) if not 0 <= value <= 1]
+        if outside:
+            raise UserError(
+                f"--{name} holds {outside[0]:g}, but images have values in 0..1; divide it by 255."
+            )
 
 
 def has_arrays(samples, in_chans: int) -> bool:
