@@ -30,7 +30,7 @@ from util.io.checkpoint_file import (
     weights_of,
     write_checkpoint,
 )
-from util.io.errors import CheckpointError
+from util.io.errors import CheckpointError, UserError
 
 
 class Payload:
@@ -430,6 +430,8 @@ def test_download_hash_is_verified(site, tmp_path):
     for bad in ("x-0badc0de.pth", f"x.pth#sha256={wrong}", f"x-448.pth#sha256={wrong}"):
         with pytest.raises(ValueError, match="has the SHA-256"):
             read_checkpoint(f"{url}/{bad}")
+    with pytest.raises(UserError, match="no hash after #sha256="):
+        read_checkpoint(f"{url}/x.pth#sha256=")
     assert cached_files(tmp_path) == expected
 
 

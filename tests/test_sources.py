@@ -101,6 +101,13 @@ def test_lists_are_in_order(image_folder):
     assert [path for path, _ in samples] == files
 
 
+def test_a_byte_order_mark_is_no_part_of_a_path(image_folder, tmp_path):
+    """Windows editors put one in front of the first line."""
+    path = image_folder / "val/a/0.jpg"
+    (tmp_path / "list.txt").write_text(f"{path}\n", encoding="utf-8-sig")
+    assert list_images(tmp_path / "list.txt").samples == [(str(path), 0)]
+
+
 def test_evenly_spaced():
     assert evenly_spaced(range(16), 4) == [0, 4, 8, 12]
     assert evenly_spaced("abcde", 3) == ["a", "b", "d"]

@@ -136,7 +136,7 @@ def read_list(path: str | Path) -> ImageList:
     """
     path = Path(path)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is neither a folder nor a text file with the path of an image on each line."

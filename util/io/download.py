@@ -45,6 +45,8 @@ def fetch(source: str) -> str:
         return source
     url, fragment = urldefrag(source)
     name = Path(urlparse(url).path).name or "file"
+    if fragment == "sha256=":
+        raise UserError(f"{source} names no hash after #sha256=; add it or leave #sha256= out.")
     wanted = fragment.removeprefix("sha256=") or hash_in(name)
     if source.startswith("hf://"):
         path = fetch_from_hub(url)
