@@ -30,7 +30,13 @@ from util.layers.vit import compile_blocks
 from util.lr_decay import param_groups_lrd
 from util.optim import NativeScalerWithGradNormCount, build_adamw, build_lars, choose_amp_dtype
 from util.run.checks import adopt_input, set_mean_std
-from util.run.finetune_flags import LINEAR_PROBE, add_finetune_flags, check_flags, is_mixing
+from util.run.finetune_flags import (
+    LINEAR_PROBE,
+    add_finetune_flags,
+    check_cutmix,
+    check_flags,
+    is_mixing,
+)
 from util.run.flags import parse_flags, shared_parser
 from util.run.launch import launch
 from util.run.output_dir import (
@@ -128,6 +134,7 @@ def build_model(args, checkpoint: dict | None):
         adopt_input(args, get_args_parser(), stored, source, may_differ=not args.resume)
     set_mean_std(args)
     if not args.eval:
+        check_cutmix(args)
         drop_default_policy(args)
         check_augmentation(args)
     check_classes(args)

@@ -33,6 +33,13 @@ from util.vis.image_log import ImageLog
 
 logger = logging.getLogger(__name__)
 
+RANGES = {
+    **dict.fromkeys(("mask_ratio", "kept_mask_ratio"), "(0, 1)"),  # they scale lr, for MAE too
+    "decoder_depth": "[1, 1000]",
+    "decoder_embed_dim": "[1, 65536]",
+    "log_images": "[0, 1000]",
+}
+
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """All flags of pre-training with their defaults.
@@ -140,9 +147,7 @@ def check_args(args) -> None:
         UserError: with the flag and the remedy.
     """
     check_shared(args)
-    # Both ratios scale lr, for the baseline too.
-    ratios = dict(mask_ratio="(0, 1)", kept_mask_ratio="(0, 1)")
-    check_ranges(args, ratios | dict(decoder_depth="[1, inf)", log_images="[0, inf)"))
+    check_ranges(args, RANGES)
     chosen_maps = args.use_input or args.use_fm != [-1]
     only_cross = [f for f in ("weight_fm", "use_input", "self_attn") if getattr(args, f)]
     only_cross += ["use_fm"] if args.use_fm != [-1] else []

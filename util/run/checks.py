@@ -10,17 +10,19 @@ from util.io.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-RANGES = {  # flags of both scripts, in interval notation
-    **dict.fromkeys(
-        "batch_size accum_iter epochs in_chans patch_size prefetch".split(), "[1, inf)"
-    ),
-    **dict.fromkeys("save_every dist_timeout input_size".split(), "[1, inf)"),
-    **dict.fromkeys(
-        "num_workers start_epoch skip_nonfinite warmup_epochs seed".split(), "[0, inf)"
-    ),
-    **dict.fromkeys("save_every_minutes keep_every keep_last".split(), "[0, inf)"),
+RANGES = {  # numeric flags of both scripts, in interval notation; the upper ends are generous
+    **dict.fromkeys("batch_size accum_iter save_every".split(), "[1, 1000000]"),
+    **dict.fromkeys("epochs dist_timeout".split(), "[1, 10000000]"),
+    **dict.fromkeys("input_size patch_size".split(), "[1, 32768]"),
+    "in_chans": "[1, 4096]",
+    "prefetch": "[1, 1000]",
+    "num_workers": "[0, 1024]",
+    "seed": "[0, 9000000000000000000]",
+    **dict.fromkeys("start_epoch skip_nonfinite warmup_epochs".split(), "[0, 10000000]"),
+    **dict.fromkeys("save_every_minutes keep_every keep_last".split(), "[0, 10000000]"),
     **dict.fromkeys("lr blr min_lr weight_decay".split(), "[0, inf)"),
     "clip_grad": "(0, inf)",
+    "mean": "(-inf, inf)",
     "std": "(0, inf)",
 }
 
@@ -47,6 +49,8 @@ def is_inside(value: float, interval: str) -> bool:
 def in_words(interval: str) -> str:
     """ "[1, inf)" -> "at least 1"; a bounded interval stays as it is written."""
     low, high = interval[1:-1].split(", ")
+    if low == "-inf":
+        return "a finite number"
     if high != "inf":
         return f"in {interval}"
     return f"at least {low}" if interval[0] == "[" else f"above {low}"

@@ -2,6 +2,9 @@
 
 import argparse
 
+from timm.layers import to_2tuple
+
+from util.io.errors import UserError
 from util.run.checks import check_ranges, check_shared, refuse, warn_ignored
 
 LINEAR_PROBE = dict(  # defaults of --linear_probe: arXiv 2111.06377, appendix A.1, batch size 16384
@@ -17,13 +20,12 @@ LINEAR_PROBE = dict(  # defaults of --linear_probe: arXiv 2111.06377, appendix A
     global_pool=False,
 )
 RANGES = {
-    "drop_path": "[0, 1)",
-    "smoothing": "[0, 1)",
+    **dict.fromkeys("drop_path smoothing".split(), "[0, 1)"),
+    **dict.fromkeys("reprob mixup_prob mixup_switch_prob cutmix_minmax".split(), "[0, 1]"),
+    **dict.fromkeys("mixup cutmix color_jitter".split(), "[0, 1000]"),
     "layer_decay": "(0, 1]",
-    "mixup": "[0, inf)",
-    "cutmix": "[0, inf)",
-    "cutmix_minmax": "[0, 1]",
-    "nb_classes": "[1, inf)",
+    "nb_classes": "[1, 1000000]",
+    "recount": "[1, 1000]",
 }
 
 
@@ -186,6 +188,17 @@ def check_flags(args, parser) -> None:
         ]
     )
     warn_ignored(args, parser, ignored_flags(args))
+
+
+def check_cutmix(args) -> None:
+    """Raises UserError where no whole number of pixels lies in the --cutmix_minmax range."""
+    for side in to_2tuple(args.input_size) if args.cutmix_minmax else ():
+        low, high = (int(side * fraction) for fraction in args.cutmix_minmax)
+        if low >= high:
+            raise UserError(
+                f"--cutmix_minmax {args.cutmix_minmax} cuts from {low} to {high} of {side} pixels; "
+                "widen the range."
+            )
 
 
 def ignored_flags(args) -> dict[str, str]:
