@@ -37,7 +37,7 @@ from util.run.finetune_flags import (
     check_flags,
     is_mixing,
 )
-from util.run.flags import parse_flags, shared_parser
+from util.run.flags import FlagParser, parse_flags, shared_parser
 from util.run.launch import launch
 from util.run.output_dir import (
     clear_output_dir,
@@ -60,7 +60,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     Args:
         add_help: False for a launcher that uses this as a parent parser.
     """
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "main_finetune.py", description=__doc__, parents=[shared_parser()], add_help=add_help
     )
     parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, keep_every=0)

@@ -17,7 +17,7 @@ from util.layers.vit import compile_blocks
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
 from util.run.checks import adopt_input, check_ranges, check_shared, refuse, set_mean_std
-from util.run.flags import parse_flags, shared_parser
+from util.run.flags import FlagParser, parse_flags, shared_parser
 from util.run.launch import launch
 from util.run.output_dir import (
     clear_output_dir,
@@ -47,7 +47,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     Args:
         add_help: False for a launcher that uses this as a parent parser.
     """
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         "main_pretrain.py", description=__doc__, parents=[shared_parser()], add_help=add_help
     )
     parser.set_defaults(epochs=400, min_lr=0.0, warmup_epochs=40, keep_every=200)

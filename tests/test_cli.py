@@ -1,10 +1,13 @@
 """Command line: flags, types, defaults and README commands of the public CrossMAE code."""
 
 import importlib
+import os
 import re
 
 import pytest
 from parity_data import read_json, record
+
+from util.io.errors import UserError
 
 CLI = read_json("cli")
 MAINS = ("main_pretrain", "main_finetune")
@@ -12,6 +15,7 @@ FLAGS = [pytest.param(m, e, id=f"{m}:{e['flag']}") for m in MAINS for e in CLI[m
 
 # Defaults that differ from the public code, with the reason.
 CHANGED_DEFAULTS = {
+    "num_workers": min(10, os.cpu_count() or 1),  # at most one per core
     "device": None,  # CUDA if available, else CPU
     "nb_classes": None,  # inferred from the class folders
 }
@@ -80,4 +84,28 @@ def test_unknown_flag_is_refused(main, capsys):
     with pytest.raises(SystemExit) as stop:
         get_parser(main).parse_args(["--no_such_flag"])
     assert stop.value.code == 2
-    assert "--no_such_flag" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--no_such_flag" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_typo_names_the_closest_flag(main, capsys):
+    with pytest.raises(SystemExit):
+        get_parser(main).parse_args(["--batchsize", "3"])
+    error = capsys.readouterr().err
+    assert "--batchsize" in error and "did you mean --batch_size?" in error
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_negative_number_in_scientific_notation_is_a_value(main):
+    """It is then refused with its range, not with "expected one argument"."""
+    args = get_parser(main).parse_args(["--lr", "-1e-3", "--data_path", "x"])
+    assert args.lr == -1e-3
+    with pytest.raises(UserError, match="--lr is -0.001; it must be at least 0"):
+        importlib.import_module(main).check_args(args)
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_missing_data_path_is_named(main):
+    with pytest.raises(UserError, match="--data_path is missing"):
+        importlib.import_module(main).check_args(get_parser(main).parse_args([]))

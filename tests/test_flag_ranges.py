@@ -116,6 +116,8 @@ def test_found_by_attack(flags, image_folder):
 
 @pytest.mark.parametrize("width", ["0", "-4"])
 def test_decoder_width(width):
-    args = main_pretrain.get_args_parser().parse_args(["--decoder_embed_dim", width])
+    args = main_pretrain.get_args_parser().parse_args(
+        ["--data_path", "x", "--decoder_embed_dim", width]
+    )
     with pytest.raises(UserError, match=f"--decoder_embed_dim is {width}; it must be in"):
         main_pretrain.check_args(args)

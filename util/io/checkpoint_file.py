@@ -39,7 +39,9 @@ def read_checkpoint(source: str | Path) -> dict:
         CheckpointError: the file is missing, damaged, not a checkpoint, or holds anything else.
     """
     path = Path(fetch(str(source)))
-    if path.is_dir() or not path.exists():
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a checkpoint in it, as checkpoint.pth.")
+    if not path.exists():
         raise CheckpointError(f"There is no checkpoint file {path}; check the path.")
     size = path.stat().st_size
     try:

@@ -2,11 +2,14 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Iterable
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from util.io.errors import UserError
+
+IMAGENET_AT_META = "/datasets01/imagenet_full_size/061417/"  # the default of the MAE family
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,10 @@ def check_shared(args: argparse.Namespace) -> None:
             (
                 bool(args.save_every_minutes and not args.output_dir),
                 "--save_every_minutes has nowhere to save: give --output_dir.",
+            ),
+            (
+                args.data_path == IMAGENET_AT_META and not os.path.exists(IMAGENET_AT_META),
+                "--data_path is missing: name the folder of the data.",
             ),
             (
                 not args.data_path,

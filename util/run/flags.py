@@ -5,13 +5,35 @@ may begin with --epoch.
 """
 
 import argparse
+import difflib
+import os
+import re
+
+from util.run.checks import IMAGENET_AT_META
 
 UNSET = object()
+NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|^-inf$", re.IGNORECASE)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """ArgumentParser with one-line errors that name the closest flag."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = NEGATIVE_NUMBER  # argparse's own does not know -1e-3
+
+    def error(self, message: str):
+        """Exit with status 2; the usage, which fills a screen, is left to --help."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        typed = message.removeprefix("unrecognized arguments: ").split("=")[0].split()
+        close = difflib.get_close_matches(typed[0], flags, n=1) if typed else []
+        hint = f"; did you mean {close[0]}?" if close and close[0] != typed[0] else "; see --help"
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
 
 
 def shared_parser() -> argparse.ArgumentParser:
     """Parser for `parents=[...]`; each script sets its own defaults."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = FlagParser(add_help=False)
     add_model_flags(parser.add_argument_group("model"))
     add_optim_flags(parser.add_argument_group("optimization"))
     add_data_flags(parser.add_argument_group("data"))
@@ -96,7 +118,7 @@ def add_optim_flags(group) -> None:
 def add_data_flags(group) -> None:
     group.add_argument(
         "--data_path",
-        default="/datasets01/imagenet_full_size/061417/",
+        default=IMAGENET_AT_META,
         help="folder with train/ and val/, each with one folder per class; pre-training takes any "
         "folder of images, a text file that lists them, or tar files (NAME-{0000..0003}.tar or "
         "their folder)",
@@ -122,7 +144,10 @@ def add_data_flags(group) -> None:
         help="channel stds of images in 0..1 (default: ImageNet's; 0.5 unless 3 channels)",
     )
     group.add_argument(
-        "--num_workers", type=int, default=10, help="DataLoader workers per rank (default: 10)"
+        "--num_workers",
+        type=int,
+        default=min(10, os.cpu_count() or 1),
+        help="DataLoader workers per rank (default: 10, at most one per core)",
     )
     group.add_argument(
         "--prefetch", type=int, default=2, help="batches prefetched per worker (default: 2)"
