@@ -197,13 +197,13 @@ def test_predict_refuses_pretraining_checkpoint(finished_runs, image_folder, cap
 
 
 def test_mismatched_flag_is_named(finished_runs, image_folder, capsys):
-    """The error for a checkpoint of another model names the flags it was trained with."""
+    """A flag that differs from the checkpoint is named, with both values."""
     folder, _ = finished_runs
     flags = ["--eval", "--resume", f"{folder}/fine/checkpoint.pth", "--data_path"]
     flags += [str(image_folder), "--input_size", "64"]
     with pytest.raises(SystemExit):
         launch(main_finetune.main, main_finetune.get_args_parser().parse_args([*FINETUNE, *flags]))
-    assert "it was trained with --input_size 32: use the same" in capsys.readouterr().out
+    assert "was trained with 32; leave the flag out" in capsys.readouterr().out
 
 
 def test_new_run_moves_files_of_previous_run(image_folder, tmp_path, capsys):

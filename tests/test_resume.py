@@ -121,7 +121,7 @@ def test_resume_auto_without_valid_checkpoint_starts_from_scratch(tmp_path):
     )
     (run,) = case.start(tmp_path)
     assert run.wait() == 0
-    assert "Skipped: " in run.text() and "starting from make_temp_dir" in run.text()
+    assert "Skipped: " in run.text() and "starting from scratch" in run.text()
     case.check(tmp_path)
 
 
