@@ -5,6 +5,7 @@ torchrun --nproc_per_node=4 main_pretrain.py --cross_mae --weight_fm --use_input
 
 import argparse
 import logging
+from functools import partial
 
 from engine_pretrain import train_one_epoch
 from util.build import build_pretrain_model
@@ -17,7 +18,7 @@ from util.layers.vit import compile_blocks
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
 from util.run.checks import adopt_input, check_ranges, check_shared, refuse, set_mean_std
-from util.run.flags import FlagParser, parse_flags, shared_parser
+from util.run.flags import FlagParser, add_flag, parse_flags, shared_parser
 from util.run.launch import launch
 from util.run.output_dir import (
     clear_output_dir,
@@ -51,93 +52,48 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         "main_pretrain.py", description=__doc__, parents=[shared_parser()], add_help=add_help
     )
     parser.set_defaults(epochs=400, min_lr=0.0, warmup_epochs=40, keep_every=200)
-    add_model_flags(parser.add_argument_group("pre-training model"))
-    add_masking_flags(parser.add_argument_group("masking and loss"))
-    add_other_flags(parser.add_argument_group("pre-training"))
+    add_model_flags(partial(add_flag, parser.add_argument_group("pre-training model")))
+    add_training_flags(partial(add_flag, parser.add_argument_group("masking, loss and logging")))
     return parser
 
 
-def add_model_flags(group) -> None:
-    group.add_argument(
-        "--model", default="mae_vit_large_patch16", help="name in models_cross.py or models_mae.py"
+def add_model_flags(flag) -> None:
+    flag("--model", str, "mae_vit_large_patch16", "name in models_cross.py or models_mae.py")
+    flag("--cross_mae", bool, False, "CrossMAE; without it, the MAE baseline")
+    flag("--decoder_depth", int, 8, "decoder blocks")
+    flag("--decoder_embed_dim", int, None, "decoder width (default: the model's)")
+    text = "CrossMAE: every decoder block attends to its own learned sum of encoder feature maps"
+    flag("--weight_fm", bool, False, text)
+    text = (
+        "CrossMAE: encoder blocks to sum, negative from the end; -1 alone means all (default: -1)"
     )
-    group.add_argument(
-        "--cross_mae", action="store_true", help="CrossMAE; without it, the MAE baseline"
-    )
-    group.add_argument("--decoder_depth", type=int, default=8, help="decoder blocks (default: 8)")
-    group.add_argument("--decoder_embed_dim", type=int, help="decoder width (default: the model's)")
-    group.add_argument(
-        "--weight_fm",
-        action="store_true",
-        help="CrossMAE: every decoder block attends to its own learned weighted sum of encoder "
-        "feature maps",
-    )
-    group.add_argument(
-        "--use_fm",
-        type=int,
-        nargs="+",
-        default=[-1],
-        metavar="BLOCK",
-        help="CrossMAE: encoder blocks to sum, negative from the end; -1 alone means all "
-        "(default: -1)",
-    )
-    group.add_argument(
-        "--use_input", action="store_true", help="CrossMAE: also sum the encoder's input tokens"
-    )
-    group.add_argument(
-        "--self_attn", action="store_true", help="CrossMAE: self-attention in every decoder block"
-    )
-    group.add_argument(
-        "--init_from",
-        default="",
-        help="initialize from these weights (file, https:// or hf:// URL) with a new optimizer",
-    )
+    flag("--use_fm", int, [-1], text, nargs="+", metavar="BLOCK")
+    flag("--use_input", bool, False, "CrossMAE: also sum the encoder's input tokens")
+    flag("--self_attn", bool, False, "CrossMAE: self-attention in every decoder block")
+    text = "initialize from these weights (file, https:// or hf:// URL) with a new optimizer"
+    flag("--init_from", str, "", text)
 
 
-def add_masking_flags(group) -> None:
-    group.add_argument(
-        "--mask_ratio", type=float, default=0.75, help="fraction of masked patches (default: 0.75)"
+def add_training_flags(flag) -> None:
+    flag("--mask_ratio", float, 0.75, "fraction of masked patches")
+    text = "fraction of all patches that CrossMAE predicts, at most --mask_ratio"
+    flag("--kept_mask_ratio", float, 0.75, text)
+    flag("--norm_pix_loss", bool, False, "predict pixels normalized within each patch")
+    text = "scale the learning rate by mask/kept instead of kept/mask ratio"
+    flag("--inverse_lr", bool, False, text)
+    flag("--no_lr_scale", bool, False, "do not scale the learning rate by the ratios")
+    text = (
+        "fast: crops of uint8 tensors, normalized on the device; pillow: the recipe's transform, "
+        "also taken for RGBA and arrays"
     )
-    group.add_argument(
-        "--kept_mask_ratio",
-        type=float,
-        default=0.75,
-        help="fraction of all patches that CrossMAE predicts, at most --mask_ratio (default: 0.75)",
+    flag("--loader", str, "fast", text, choices=["fast", "pillow"])
+    text = (
+        "log reconstructions of N images, decoder attention and feature-map weights to "
+        "TensorBoard, about 20 times in a run"
     )
-    group.add_argument(
-        "--norm_pix_loss", action="store_true", help="predict pixels normalized within each patch"
-    )
-
-
-def add_other_flags(group) -> None:
-    group.add_argument(
-        "--inverse_lr",
-        action="store_true",
-        help="scale the learning rate by mask/kept instead of kept/mask ratio",
-    )
-    group.add_argument(
-        "--no_lr_scale", action="store_true", help="do not scale the learning rate by the ratios"
-    )
-    group.add_argument(
-        "--loader",
-        choices=["fast", "pillow"],
-        default="fast",
-        help="fast: crops of uint8 tensors, normalized on the device; pillow: the recipe's "
-        "transform (default: fast)",
-    )
-    group.add_argument(
-        "--log_images",
-        type=int,
-        default=0,
-        metavar="N",
-        help="log reconstructions of N images, decoder attention and feature-map weights to "
-        "TensorBoard, about 20 times in a run (default: 0)",
-    )
-    group.add_argument(
-        "--find_unused_parameters",
-        action="store_true",
-        help="passed to DDP; set automatically where --use_fm leaves encoder blocks unused",
-    )
+    flag("--log_images", int, 0, text, metavar="N")
+    text = "passed to DDP; set automatically where --use_fm leaves encoder blocks unused"
+    flag("--find_unused_parameters", bool, False, text)
 
 
 def check_args(args) -> None:

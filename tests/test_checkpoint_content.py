@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 
-from util.checkpoint import load_optimizer
 from util.io.checkpoint_content import check_content
 from util.io.checkpoint_file import read_checkpoint
 from util.io.errors import CheckpointError
 from util.lr_decay import param_groups_weight_decay
-from util.optim import build_adamw, build_lars
+from util.optim import build_adamw, build_lars, load_optimizer
 from util.rng import get_random_state
 
 RANDOM = get_random_state(torch.device("cpu"))

@@ -6,6 +6,12 @@ import torch
 from timm.optim import Lars
 from torch import Tensor, nn
 
+from util.io.errors import CheckpointError
+
+OPTIMIZER_TENSORS = {  # that each optimizer keeps of a parameter
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Lars": {"momentum_buffer"},
+}
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
@@ -122,3 +128,61 @@ def propagate_nonfinite(loss: Tensor) -> Tensor:
     so they skip the same step without further communication.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def load_optimizer(optimizer, state: dict, source: str) -> None:
+    """Load the state of an optimizer; its hyperparameters stay those of this run's flags.
+
+    Only the scheduled lr is restored, which a run that resumes at its very end does not set again.
+
+    Raises:
+        CheckpointError: the state belongs to other parameters. Nothing is loaded then.
+    """
+    check_optimizer(optimizer, state, source)
+    groups = [
+        {**own, "params": saved["params"], "lr": float(saved["lr"])}
+        for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def check_optimizer(optimizer, state: dict, source: str) -> None:
+    """Compare an optimizer's state with the parameters: count, names, shapes and dtypes.
+
+    torch compares counts alone, and fused kernels then read and write out of bounds.
+
+    Raises:
+        CheckpointError: with the tensor, both shapes and the remedy.
+    """
+    remedy = "use the flags the checkpoint was trained with, or load its weights with --init_from"
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    saved_sizes = [len(group["params"]) for group in state["param_groups"]]
+    if sizes != saved_sizes:
+        raise CheckpointError(
+            f"The optimizer in {source} has parameter groups of {saved_sizes} tensors, this run "
+            f"has {sizes}; {remedy}."
+        )
+    ids = [i for group in state["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(set(ids)) != len(ids) or not set(state["state"]) <= set(ids):
+        raise CheckpointError(f"The optimizer in {source} numbers its tensors wrongly; {remedy}.")
+    expected = OPTIMIZER_TENSORS.get(type(optimizer).__name__)
+    for i, param in zip(ids, params, strict=True):
+        saved = state["state"].get(i)
+        if saved is None:  # a parameter without a gradient so far
+            continue
+        if expected and saved.keys() != expected:
+            raise CheckpointError(
+                f"The optimizer in {source} keeps {sorted(saved)} of tensor {i}, this run's keeps "
+                f"{sorted(expected)}; {remedy}."
+            )
+        for name, value in saved.items():
+            if value is None and not expected:
+                continue
+            shape = () if name == "step" else tuple(param.shape)
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if found != shape or not value.is_floating_point():
+                raise CheckpointError(
+                    f"{name} of tensor {i} of the optimizer in {source} is {found}, expected "
+                    f"floats of shape {shape}; {remedy}."
+                )

@@ -1,11 +1,13 @@
 """Flags of fine-tuning, and their checks that need no data."""
 
 import argparse
+from functools import partial
 
 from timm.layers import to_2tuple
 
 from util.io.errors import UserError
 from util.run.checks import check_ranges, check_shared, refuse, warn_ignored
+from util.run.flags import add_flag
 
 LINEAR_PROBE = dict(  # defaults of --linear_probe: arXiv 2111.06377, appendix A.1, batch size 16384
     blr=0.1,
@@ -31,110 +33,57 @@ RANGES = {
 
 def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that only fine-tuning has."""
-    add_model_flags(parser.add_argument_group("classifier"))
-    add_augmentation_flags(parser.add_argument_group("augmentation"))
-    add_evaluation_flags(parser.add_argument_group("evaluation"))
+    add_model_flags(partial(add_flag, parser.add_argument_group("classifier")))
+    add_augmentation_flags(partial(add_flag, parser.add_argument_group("augmentation")))
+    add_evaluation_flags(partial(add_flag, parser.add_argument_group("evaluation")))
     parser.set_defaults(global_pool=True)
 
 
-def add_model_flags(group) -> None:
-    group.add_argument("--model", default="vit_large_patch16", help="name in models_vit.py")
-    group.add_argument("--nb_classes", type=int, help="number of classes (default: the data's)")
-    group.add_argument(
-        "--drop_path",
-        type=float,
-        default=0.1,
-        help="stochastic depth of the last block (default: 0.1)",
-    )
-    group.add_argument(
-        "--global_pool", action="store_true", help="classify the mean patch token (the default)"
-    )
-    group.add_argument(
-        "--cls_token", action="store_false", dest="global_pool", help="classify the class token"
-    )
-    group.add_argument(
-        "--finetune",
-        default="",
-        help="pre-trained checkpoint to start from: a file, an https:// or hf:// URL",
-    )
-    group.add_argument(
-        "--layer_decay",
-        type=float,
-        default=0.75,
-        help="factor on the learning rate per layer (default: 0.75)",
-    )
-    group.add_argument(
-        "--linear_probe",
-        action="store_true",
-        help="train a linear classifier on the frozen encoder of --finetune, with MAE's recipe as "
+def add_model_flags(flag) -> None:
+    flag("--model", str, "vit_large_patch16", "name in models_vit.py")
+    flag("--nb_classes", int, None, "number of classes (default: the data's)")
+    flag("--drop_path", float, 0.1, "stochastic depth of the last block")
+    flag("--global_pool", bool, False, "classify the mean patch token (the default)")
+    options = dict(action="store_false", dest="global_pool")
+    flag("--cls_token", bool, False, "classify the class token", **options)
+    flag("--finetune", str, "", "pre-trained checkpoint: a file, an https:// or hf:// URL")
+    flag("--layer_decay", float, 0.75, "factor on the learning rate per layer")
+    text = (
+        "train a linear classifier on the frozen encoder of --finetune, with MAE's recipe as "
         "defaults: LARS, blr 0.1, no weight decay, 90 epochs, warm-up 10, crop and flip only, "
-        "class token",
+        "class token"
     )
+    flag("--linear_probe", bool, False, text)
 
 
-def add_augmentation_flags(group) -> None:
-    group.add_argument(
-        "--color_jitter", type=float, help="strength of color jitter; used with an empty --aa"
-    )
-    group.add_argument(
-        "--aa",
-        default="rand-m9-mstd0.5-inc1",
-        help="timm's auto-augment policy, '' for none (default: rand-m9-mstd0.5-inc1)",
-    )
-    group.add_argument(
-        "--smoothing", type=float, default=0.1, help="label smoothing (default: 0.1)"
-    )
-    group.add_argument(
-        "--reprob", type=float, default=0.25, help="probability of random erasing (default: 0.25)"
-    )
-    group.add_argument(
-        "--remode",
-        choices=["const", "rand", "pixel"],
-        default="pixel",
-        help="fill value of random erasing (default: pixel)",
-    )
-    group.add_argument("--recount", type=int, default=1, help="erased areas (default: 1)")
-    group.add_argument("--resplit", action="store_true", help="no effect: kept for older commands")
-    group.add_argument("--mixup", type=float, default=0, help="alpha of mixup (default: 0, off)")
-    group.add_argument("--cutmix", type=float, default=0, help="alpha of cutmix (default: 0, off)")
-    group.add_argument(
-        "--cutmix_minmax",
-        type=float,
-        nargs="+",
-        help="smallest and largest fraction cut, instead of --cutmix",
-    )
-    group.add_argument(
-        "--mixup_prob", type=float, default=1.0, help="probability of mixing a batch (default: 1)"
-    )
-    group.add_argument(
-        "--mixup_switch_prob",
-        type=float,
-        default=0.5,
-        help="probability of cutmix when both are on (default: 0.5)",
-    )
-    group.add_argument(
-        "--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="(default: batch)"
-    )
+def add_augmentation_flags(flag) -> None:
+    flag("--color_jitter", float, None, "strength of color jitter; used with an empty --aa")
+    flag("--aa", str, "rand-m9-mstd0.5-inc1", "timm's auto-augment policy, '' for none")
+    flag("--smoothing", float, 0.1, "label smoothing")
+    flag("--reprob", float, 0.25, "probability of random erasing")
+    modes = ["const", "rand", "pixel"]
+    flag("--remode", str, "pixel", "fill value of random erasing", choices=modes)
+    flag("--recount", int, 1, "erased areas")
+    flag("--resplit", bool, False, "no effect: kept for older commands")
+    flag("--mixup", float, 0, "alpha of mixup; 0: off")
+    flag("--cutmix", float, 0, "alpha of cutmix; 0: off")
+    text = "smallest and largest fraction cut, instead of --cutmix"
+    flag("--cutmix_minmax", float, None, text, nargs="+")
+    flag("--mixup_prob", float, 1.0, "probability of mixing a batch")
+    flag("--mixup_switch_prob", float, 0.5, "probability of cutmix when both are on")
+    flag("--mixup_mode", str, "batch", "what is mixed", choices=["batch", "pair", "elem"])
 
 
-def add_evaluation_flags(group) -> None:
-    group.add_argument("--eval", action="store_true", help="only evaluate the --resume checkpoint")
-    group.add_argument(
-        "--dist_eval", action="store_true", help="split the validation set over the ranks"
+def add_evaluation_flags(flag) -> None:
+    flag("--eval", bool, False, "only evaluate the --resume checkpoint")
+    flag("--dist_eval", bool, False, "split the validation set over the ranks")
+    text = "with --eval: per-class accuracy and confusion matrix as CSV and PNG files"
+    flag("--report", str, "", text, metavar="FOLDER")
+    text = (
+        "classify the images in FOLDER with the --resume checkpoint; needs no labels and writes "
+        "predictions.csv to the output folder"
     )
-    group.add_argument(
-        "--report",
-        default="",
-        metavar="FOLDER",
-        help="with --eval: per-class accuracy and confusion matrix as CSV and PNG files",
-    )
-    group.add_argument(
-        "--predict",
-        default="",
-        metavar="FOLDER",
-        help="classify the images in FOLDER with the --resume checkpoint; needs no labels and "
-        "writes predictions.csv to the output folder",
-    )
+    flag("--predict", str, "", text, metavar="FOLDER")
 
 
 def is_mixing(args) -> bool:

@@ -81,6 +81,21 @@ def ignore_full_disk(failure) -> None:
         threading.__excepthook__(failure)
 
 
+def flush(writer) -> None:
+    """Bring TensorBoard's file to the disk, so that a resumed curve has no gap.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        writer.flush()
+    except OSError as error:
+        raise UserError(
+            f"Cannot write TensorBoard's file in {writer.log_dir} ({error.strerror}); the "
+            "last checkpoint is intact."
+        ) from error
+
+
 @contextlib.contextmanager
 def training_time(args, state):
     """Log when training starts and how long it took."""

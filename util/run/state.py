@@ -17,6 +17,7 @@ from util.io.errors import CheckpointError, UserError
 from util.rng import get_random_state, set_random_state
 from util.run import signals
 from util.run.output_dir import remove_old_checkpoints
+from util.run.setup import flush
 
 logger = logging.getLogger(__name__)
 
@@ -240,18 +241,3 @@ class RunState:
             raise problem or UserError("Rank 0 could not write the checkpoint; see its message.")
         self.last_save = time.monotonic()
         self.last_saved = self.describe(Path(self.args.output_dir, "checkpoint.pth"))
-
-
-def flush(writer) -> None:
-    """Bring TensorBoard's file to the disk, so that a resumed curve has no gap.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        writer.flush()
-    except OSError as error:
-        raise UserError(
-            f"Cannot write TensorBoard's file in {writer.log_dir} ({error.strerror}); the "
-            "last checkpoint is intact."
-        ) from error
