@@ -55,7 +55,7 @@ def train_one_epoch(
         is_step = (it + 1) % args.accum_iter == 0
         if it % args.accum_iter == 0:
             adjust_learning_rate(optimizer, it / len(data_loader) + epoch, args)
-        imgs = imgs.to(device, non_blocking=True)
+        imgs = imgs.to(device, non_blocking=True)  # no copy after DeviceLoader
         labels = labels.to(device, non_blocking=True)
         if mixup_fn is not None:
             imgs, labels = mixup_fn(imgs, labels)
@@ -92,7 +92,7 @@ def evaluate(data_loader, model, device, amp_dtype="auto") -> dict[str, float]:
     metric_logger = MetricLogger()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
     for _, (imgs, labels) in metric_logger.log_every(data_loader, 10, "Test:"):
-        imgs = imgs.to(device, non_blocking=True)
+        imgs = imgs.to(device, non_blocking=True)  # no copy after DeviceLoader
         labels = labels.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
             logits = model(imgs)

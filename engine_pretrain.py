@@ -43,7 +43,7 @@ def train_one_epoch(
         is_step = (it + 1) % args.accum_iter == 0
         if it % args.accum_iter == 0:
             adjust_learning_rate(optimizer, it / len(data_loader) + epoch, args)
-        imgs = imgs.to(device, non_blocking=True)
+        imgs = imgs.to(device, non_blocking=True)  # no copy after DeviceLoader
 
         with sync_gradients(model, is_step):
             with autocast(device, loss_scaler.amp_dtype):

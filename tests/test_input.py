@@ -79,6 +79,12 @@ def test_a_flag_that_differs_is_refused(name, runs, image_folder):
         pretrain("--resume", runs / "pre/checkpoint.pth", "--output_dir", "", *common)
 
 
+def test_another_model_names_the_flags_it_was_trained_with(runs, image_folder):
+    source = ["--resume", runs / "pre/checkpoint.pth", "--data_path", image_folder]
+    with pytest.raises(UserError, match="it was trained with --decoder_depth 1: use the same"):
+        pretrain(*source, "--output_dir", "", "--decoder_depth", 2)
+
+
 def test_a_flag_that_agrees_passes(runs, image_folder):
     source = ["--resume", runs / "fine/checkpoint.pth", "--data_path", image_folder]
     finetune("--eval", *source, *INPUT)
