@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from util.io.errors import UserError
+from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
 IMAGE_SIZE = 32
@@ -47,12 +48,6 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
         ) from error
     digits = sklearn_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
-
-
-def enlarge(scan: np.ndarray) -> Image.Image:
-    """One scan, uint8 (8, 8), as an RGB image of IMAGE_SIZE x IMAGE_SIZE pixels."""
-    img = Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    return img.convert("RGB")
 
 
 def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[int]]:
@@ -108,9 +103,7 @@ def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> 
     """Write the class folders below out_dir, unless they exist; returns {folder: number of images}.
 
     Raises:
-        UserError: out_dir holds something that this tool did not write with these settings.
-        UserError: a class has fewer training images than labels_per_class.
-        UserError: scikit-learn is not installed.
+        UserError: as is_complete, load_digits and split_indices.
     """
     settings = {"image_size": IMAGE_SIZE, "labels_per_class": labels_per_class}
     record = out_dir / RECORD
@@ -127,24 +120,22 @@ def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> 
         for index in indices:
             path = out_dir / folder / str(labels[index]) / f"digit_{index:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            enlarge(scans[index]).save(path)
+            img = Image.fromarray(scans[index])
+            img = img.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+            img.convert("RGB").save(path)
     record.write_text(json.dumps(state | {"complete": True}) + "\n")
     return counts
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.demo_data",
-        description="Write scikit-learn's handwritten digits as 32x32 PNG class folders: "
-        "OUT_DIR/{train,val} with all labels, OUT_DIR/few/{train,val} with few.",
+def get_args_parser() -> FlagParser:
+    text = (
+        "Write scikit-learn's handwritten digits as 32x32 PNG class folders: OUT_DIR/{train,val} "
+        "with all labels, OUT_DIR/few/{train,val} with few."
     )
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to write to")
-    parser.add_argument(
-        "--labels_per_class",
-        type=int,
-        default=LABELS_PER_CLASS,
-        help="training images per class in OUT_DIR/few (default: %(default)s)",
-    )
+    parser = FlagParser("python -m tools.demo_data", description=text)
+    add_flag(parser, "out_dir", Path, None, "folder to write to", metavar="OUT_DIR")
+    text = "training images per class in OUT_DIR/few"
+    add_flag(parser, "--labels_per_class", int, LABELS_PER_CLASS, text)
     return parser
 
 
