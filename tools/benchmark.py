@@ -73,11 +73,7 @@ def measure_loader(args, device: torch.device, timer: Timer) -> dict:
 
 
 def write_photographs(folder: Path) -> Path:
-    """Write 8 JPEG files of a typical ImageNet size, 500x375, cut from scikit-learn's photographs.
-
-    Raises:
-        UserError: scikit-learn is not installed.
-    """
+    """Write 8 JPEG files of a typical ImageNet size, 500x375: crops of scikit-learn's images."""
     try:
         from sklearn.datasets import load_sample_images
     except ModuleNotFoundError as error:

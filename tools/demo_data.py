@@ -34,11 +34,7 @@ RECORD = "demo_data.json"  # marks a folder as written by this tool
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The scans, uint8 (1797, 8, 8), and their labels, int (1797,).
-
-    Raises:
-        UserError: scikit-learn is not installed.
-    """
+    """The scans, uint8 (1797, 8, 8), and their labels, int (1797,)."""
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ModuleNotFoundError as error:
@@ -51,11 +47,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[int]]:
-    """{folder: indices of its scans}; see the module's docstring.
-
-    Raises:
-        UserError: a class has fewer training images than labels_per_class.
-    """
+    """{folder: indices of its scans}; see the module's docstring."""
     train, val = range(NUM_TRAIN), range(NUM_TRAIN, len(labels))
     few = []
     for digit in np.unique(labels):
@@ -70,11 +62,7 @@ def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[i
 
 
 def is_complete(out_dir: Path, settings: dict) -> bool:
-    """Whether out_dir already holds the images for these settings.
-
-    Raises:
-        UserError: out_dir holds something that this tool did not write with these settings.
-    """
+    """Whether out_dir already holds the images for these settings; refuses other content."""
     if not out_dir.exists():
         return False
     if not out_dir.is_dir():
@@ -100,10 +88,10 @@ def is_complete(out_dir: Path, settings: dict) -> bool:
 
 
 def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> dict[str, int]:
-    """Write the class folders below out_dir, unless they exist; returns {folder: number of images}.
+    """Write the class folders below out_dir, unless they exist; returns {folder: image count}.
 
     Raises:
-        UserError: as is_complete, load_digits and split_indices.
+        UserError: out_dir has other content, a class is too small, or scikit-learn is missing.
     """
     settings = {"image_size": IMAGE_SIZE, "labels_per_class": labels_per_class}
     record = out_dir / RECORD

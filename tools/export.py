@@ -43,12 +43,7 @@ SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; an ONNX file cannot excee
 
 
 def write_timm(model: nn.Module, trained, args) -> None:
-    """Write config.json and model.safetensors, after a comparison of the outputs.
-
-    Raises:
-        UserError: --out exists and is not an empty folder.
-        RuntimeError: the outputs of timm's model differ.
-    """
+    """Write config.json and model.safetensors, after a comparison of the outputs."""
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out {args.out} exists and is not an empty folder; name a new one.")
     timm_model, name, options = to_timm(model)
@@ -147,12 +142,7 @@ class FeaturesOnly(nn.Module):
 
 
 def write_onnx(model: nn.Module, trained, args) -> None:
-    """Write the graph and, where onnxruntime is installed, compare its outputs.
-
-    Raises:
-        UserError: a package is missing.
-        RuntimeError: the outputs differ.
-    """
+    """Write the graph, then compare its outputs for two batch sizes."""
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(
@@ -214,11 +204,7 @@ def example_images(model: nn.Module, count: int) -> Tensor:
 
 
 def check_close(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    """Compare outputs, relative to the largest expected value if that is above 1.
-
-    Raises:
-        RuntimeError: they differ.
-    """
+    """Compare outputs, relative to the largest expected value if that is above 1."""
     difference = (found - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, expected.abs().max().item()):
         raise RuntimeError(f"Outputs of {name} differ from the model's by {difference:.2e}.")

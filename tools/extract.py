@@ -38,7 +38,7 @@ from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"train", "val", "test"}
+SPLITS = {"train", "val", "test"}  # no class folders
 
 
 def get_args_parser() -> FlagParser:
@@ -57,11 +57,7 @@ def get_args_parser() -> FlagParser:
 
 
 def list_labelled(sources: list[str]) -> ImageList:
-    """The images named; with labels if it is one folder that holds class folders only.
-
-    Raises:
-        UserError: there are none, or the folder's classes would be train and val.
-    """
+    """The images, with labels if the source is one folder of class folders only."""
     images = list_images(*sources)
     if images.classes and set(images.classes) <= SPLITS:
         raise UserError(

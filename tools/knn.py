@@ -118,11 +118,7 @@ def measure_knn(
 
 
 def choose_ks(ks: list[int], num_train: int) -> list[int]:
-    """The k that are at most the number of training images, ascending.
-
-    Raises:
-        UserError: there is none, or one is below 1.
-    """
+    """The k that are at most the number of training images, ascending."""
     if min(ks) < 1:
         raise UserError(f"--k holds {min(ks)}; it must be at least 1.")
     possible = sorted({k for k in ks if k <= num_train})

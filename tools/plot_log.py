@@ -46,13 +46,7 @@ def get_args_parser() -> FlagParser:
 
 
 def read_log(source: str) -> dict[str, Curve]:
-    """Curves of a run by key; where an epoch was logged twice, the later line counts.
-
-    An incomplete last line, as an interrupted run leaves it, is skipped with a warning.
-
-    Raises:
-        UserError: there is no log.txt, no finished epoch in it, or a line that is not of a log.
-    """
+    """Curves of a run by key; where an epoch was logged twice, the later line counts."""
     path = find_log(source)
     if not path.is_file():
         raise UserError(f"There is no file {path}; name the output folder of a run.")
@@ -62,7 +56,7 @@ def read_log(source: str) -> dict[str, Curve]:
         stats = parse_line(line)
         if stats is not None:
             epochs[stats.get("epoch", index)] = stats
-        elif index == len(lines) - 1:
+        elif index == len(lines) - 1:  # the run was interrupted while writing it
             logger.warning("%s: the last line is incomplete and left out", path)
         elif line.strip():
             raise UserError(
@@ -92,11 +86,7 @@ def parse_line(line: str) -> dict | None:
 
 
 def choose_keys(logs: dict[str, dict[str, Curve]], wanted: list[str] | None) -> list[str]:
-    """Which keys to draw.
-
-    Raises:
-        UserError: no run has one of the wanted keys, or any of the usual ones.
-    """
+    """The wanted keys, by default the usual ones that some run has."""
     present = sorted({key for curves in logs.values() for key in curves})
     chosen = wanted or [key for key in USUAL_KEYS if key in present]
     missing = [key for key in chosen if key not in present]

@@ -14,7 +14,7 @@ import logging
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from util.build import load_trained
 from util.data.image_io import open_image
@@ -47,7 +47,7 @@ def get_args_parser() -> FlagParser:
     mode("--attention", bool, False, text)
     text = "draw the learned weights of the encoder's feature maps; needs no --images"
     mode("--weights", bool, False, text)
-    flag("--num_images", int, 8, "at most so many, spread evenly over those of --images")
+    flag("--num_images", int, 8, "images drawn at most, spread evenly over those of --images")
     text = "ratio of masked patches; several: a block of rows each (default: the checkpoint's)"
     flag("--mask_ratio", float, None, text, nargs="+", metavar="R")
     text = "CrossMAE: ratio of all patches that is predicted (default: the checkpoint's fraction "
@@ -58,21 +58,6 @@ def get_args_parser() -> FlagParser:
     flag("--device", str, None, "cuda or cpu (default: cuda if available)")
     flag("--caption", str, "", "first line of the text below the figure")
     return parser
-
-
-def load_pretrained(source: str, **changes) -> tuple[nn.Module, argparse.Namespace]:
-    """Model of a pre-training checkpoint, and the arguments it was made with.
-
-    Raises:
-        CheckpointError: the file cannot be read or has no decoder.
-    """
-    model, args = load_trained(source, **changes)
-    if model.kind == "classifier":
-        raise CheckpointError(
-            f"{source} is a fine-tuned classifier, which predicts no pixels; give the checkpoint "
-            "that main_pretrain.py wrote."
-        )
-    return model, args
 
 
 def load_images(sources: list[str], count: int, args: argparse.Namespace) -> Tensor:
@@ -99,7 +84,12 @@ def check_args(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = choose_device(args.device, 0)
-    model, trained = load_pretrained(args.checkpoint, model=args.model)
+    model, trained = load_trained(args.checkpoint, model=args.model)
+    if model.kind == "classifier":
+        raise CheckpointError(
+            f"{args.checkpoint} is a fine-tuned classifier, which predicts no pixels; give the "
+            "checkpoint that main_pretrain.py wrote."
+        )
     if args.weights:
         figure = draw_feature_map_weights(model, args.caption)
     else:
