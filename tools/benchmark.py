@@ -2,10 +2,9 @@
 
     python -m tools.benchmark --what step --model mae_vit_small_patch16 --batch_size 16
 
-Both run in turn (A B A B ...), so that a drift of the machine's speed affects both. Printed are the
-median of the paired ratios, the ratio of the fastest runs (above 1: this code is faster), and the
-noise floor: the median of |ratio - 1| for the reference against itself. A ratio within the noise
-floor shows no difference.
+Printed are the median of the paired ratios, the ratio of the fastest runs (above 1: this code is
+faster), and the noise floor: the median of |ratio - 1| for the reference against itself. A ratio
+within the noise floor shows no difference.
 
 --what step       forward, backward and optimizer step of pre-training, against the reference
                   implementation in tools.reference with PyTorch's default AdamW
@@ -19,6 +18,7 @@ floor shows no difference.
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,13 +27,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 import models_vit
-from tools.benchmark_step import (
-    build_adamws,
-    build_model,
-    fill_gradients,
-    measure_optimizer,
-    measure_step,
-)
+from tools.benchmark_step import measure_optimizer, measure_save, measure_step
 from tools.measure import Timer, compare, count_flops, peak_memory
 from tools.timm_model import to_timm
 from util.build import find_factory
@@ -41,11 +35,12 @@ from util.data.image_io import open_image, read_image
 from util.data.sources import find_images
 from util.data.transforms import FastPretrainTransform, build_pretrain_transform, normalize
 from util.distributed import choose_device
-from util.io.checkpoint_file import write_checkpoint
 from util.io.errors import UserError
 from util.layers.attention import get_attention_backend
 from util.optim import autocast, choose_amp_dtype
 from util.rng import seeded
+from util.run.checks import check_ranges
+from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
 
@@ -68,9 +63,7 @@ def measure_loader(args, device: torch.device, timer: Timer) -> dict:
         calls = (lambda: load(read_image, fast)), (lambda: load(open_image, recipe))
         result = compare(*calls, timer, args.repeats)
         uint8, expected = (torch.stack(call()) for call in calls)
-    mean, std = (
-        torch.tensor(x).view(1, 3, 1, 1) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (args.mean, args.std))
     difference = (normalize(uint8, mean, std) - expected) * std * 255
     return result | {
         "images_per_s": len(paths) / result["seconds"],
@@ -80,11 +73,7 @@ def measure_loader(args, device: torch.device, timer: Timer) -> dict:
 
 
 def write_photographs(folder: Path) -> Path:
-    """Write 8 JPEG files of a typical ImageNet size, 500x375, cut from scikit-learn's photographs.
-
-    Raises:
-        UserError: scikit-learn is not installed.
-    """
+    """Write 8 JPEG files of a typical ImageNet size, 500x375: crops of scikit-learn's images."""
     try:
         from sklearn.datasets import load_sample_images
     except ModuleNotFoundError as error:
@@ -125,24 +114,6 @@ def measure_eval(args, device: torch.device, timer: Timer) -> dict:
     }
 
 
-def measure_save(args, device: torch.device, timer: Timer) -> dict:
-    """Writing model and optimizer, in the working folder because /tmp may be in memory."""
-    model = build_model(args, device)
-    adamw, _ = build_adamws(model)
-    fill_gradients(model)
-    adamw.step()
-    checkpoint = {"model": model.state_dict(), "optimizer": adamw.state_dict()}
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        path = Path(folder, "checkpoint.pth")
-        result = compare(
-            lambda: write_checkpoint(checkpoint, path),
-            lambda: torch.save(checkpoint, path),
-            timer,
-            args.repeats,
-        )
-        return result | {"mib": path.stat().st_size / 2**20}
-
-
 MEASURES = {
     "step": measure_step,
     "optimizer": measure_optimizer,
@@ -152,52 +123,39 @@ MEASURES = {
 }
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--what", choices=list(MEASURES), default="step", help="see above (default: step)")
-    add(
-        "--model",
-        default="mae_vit_small_patch16",
-        help="vit_* for --what eval (default: %(default)s)",
-    )
-    add("--mae", action="store_true", help="the MAE baseline instead of CrossMAE")
-    add("--input_size", type=int, default=224, help="pixels (default: 224)")
-    add("--batch_size", type=int, default=16, help="images (default: 16)")
-    add("--decoder_depth", type=int, default=12, help="blocks (default: 12)")
-    add("--mask_ratio", type=float, default=0.75, help="(default: 0.75)")
-    add("--kept_mask_ratio", type=float, default=0.75, help="(default: 0.75)")
-    add("--device", help="cuda or cpu (default: cuda where there is one)")
+def get_args_parser() -> FlagParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser("python -m tools.benchmark", description=__doc__, formatter_class=layout)
+    flag = partial(add_flag, parser)
+    flag("--what", str, "step", "see above", choices=list(MEASURES))
+    flag("--model", str, "mae_vit_small_patch16", "vit_* for --what eval")
+    flag("--mae", bool, False, "the MAE baseline instead of CrossMAE")
+    flag("--input_size", int, 224, "pixels")
+    flag("--batch_size", int, 16, "images")
+    flag("--decoder_depth", int, 12, "blocks")
+    flag("--mask_ratio", float, 0.75, "fraction of patches that is masked")
+    flag("--kept_mask_ratio", float, 0.75, "CrossMAE: fraction of patches that is predicted")
+    flag("--device", str, None, "cuda or cpu (default: cuda if available)")
     amp_types = ["auto", "bf16", "fp16", "off"]
-    add("--amp", choices=amp_types, default="auto", help="autocast type (default: auto)")
-    add("--enable_flash_attention2", action="store_true", help="not in the reference")
-    add("--grad_checkpointing", action="store_true", help="not in the reference")
-    add("--compile", action="store_true", help="compile the blocks; not in the reference")
-    add("--repeats", type=int, default=7, help="pairs measured (default: 7)")
-    add("--steps", type=int, default=1, help="per timing; GPU: 20 or more (default: 1)")
-    add("--threads", type=int, help="CPU threads (default: torch's)")
-    clock_help = "cpu: processor seconds, for a shared machine with --threads 1 (default: wall)"
-    add("--clock", choices=["wall", "cpu"], default="wall", help=clock_help)
-    add("--images", help="JPEG files for --what loader (default: photographs of scikit-learn)")
-    add("--json", action="store_true", help="one JSON object on the last line")
+    flag("--amp", str, "auto", "autocast dtype", choices=amp_types)
+    flag("--enable_flash_attention2", bool, False, "not in the reference")
+    flag("--grad_checkpointing", bool, False, "not in the reference")
+    flag("--compile", bool, False, "compile the blocks; not in the reference")
+    flag("--repeats", int, 7, "pairs measured")
+    flag("--steps", int, 1, "calls per timing; GPU: 20 or more")
+    flag("--threads", int, None, "CPU threads (default: torch's)")
+    text = "cpu: processor time, for a shared machine with --threads 1"
+    flag("--clock", str, "wall", text, choices=["wall", "cpu"])
+    text = "JPEG files for --what loader (default: photographs of scikit-learn)"
+    flag("--images", str, None, text)
+    flag("--json", bool, False, "one JSON object on the last line")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure, print a table, and with --json one object on the last line.
-
-    Raises:
-        UserError: a flag is out of its range, or as the measures say.
-    """
     if args.compile and args.what != "step":
         raise UserError(f"--compile is measured by --what step, not by --what {args.what}.")
-    for name in ("repeats", "steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
+    check_ranges(args, dict.fromkeys(("repeats", "steps", "batch_size"), "[1, inf)"))
     device = choose_device(args.device, 0)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,4 +1,7 @@
-"""The step of pre-training that tools.benchmark measures, against the reference implementation."""
+"""The measures of tools.benchmark that need a pre-training model."""
+
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,7 @@ import models_mae
 from tools.measure import Timer, compare, count_flops, matmul_flops_per_s, peak_memory
 from tools.reference import reference_loss
 from util.build import find_factory
+from util.io.checkpoint_file import write_checkpoint
 from util.layers.attention import get_attention_backend
 from util.layers.masking import num_visible_and_predicted
 from util.layers.vit import compile_blocks
@@ -92,7 +96,7 @@ def build_adamws(model: nn.Module) -> tuple[torch.optim.AdamW, torch.optim.AdamW
 
 
 def build_steps(model: nn.Module, losses, amp_dtype, device: torch.device):
-    """Two functions without arguments: this code's training step, and the reference's."""
+    """Two functions without arguments: the training step, and the reference's."""
     loss, loss_by_reference = losses
     adamw, default_adamw = build_adamws(model)
     loss_scaler = NativeScalerWithGradNormCount(amp_dtype, device.type)
@@ -130,3 +134,17 @@ def measure_optimizer(args, device: torch.device, timer: Timer) -> dict:
     loss().backward()
     adamw, default_adamw = build_adamws(model)
     return compare(adamw.step, default_adamw.step, timer, args.repeats)
+
+
+def measure_save(args, device: torch.device, timer: Timer) -> dict:
+    """Writing model and optimizer, in the working folder because /tmp may be in memory."""
+    model = build_model(args, device)
+    adamw, _ = build_adamws(model)
+    fill_gradients(model)
+    adamw.step()
+    checkpoint = {"model": model.state_dict(), "optimizer": adamw.state_dict()}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path = Path(folder, "checkpoint.pth")
+        calls = (lambda: write_checkpoint(checkpoint, path)), (lambda: torch.save(checkpoint, path))
+        result = compare(*calls, timer, args.repeats)
+        return result | {"mib": path.stat().st_size / 2**20}

@@ -13,6 +13,7 @@ import math
 import shlex
 import statistics
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -23,7 +24,8 @@ from util.data.sources import evenly_spaced, is_folder, list_folder, list_images
 from util.data.stats import ImageStats, channel_mean_std, inspect, with_main_channels
 from util.eval.inference import DEFAULT_WORKERS
 from util.eval.report import imbalance_note
-from util.io.errors import UserError
+from util.run.checks import check_ranges
+from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
 MAX_LISTED_CLASSES = 20
@@ -37,20 +39,6 @@ SIZES = [  # (shorter side is below, input size, patch size, model without its p
 ]
 
 
-def list_part(place: Path) -> tuple[list, Counter]:
-    """Images of a folder, list or shards, and the images in each class folder, if there are any.
-
-    Raises:
-        UserError: the place does not exist, has no image, or its list or shards are invalid.
-    """
-    images = list_images(place)
-    counts = Counter()
-    if images.classes:
-        counts.update({entry.name: 0 for entry in list_folder(place) if is_folder(entry)})
-        counts.update(images.classes[label] for _, label in images.samples)
-    return [path for path, _ in images.samples], counts
-
-
 def show(name: str, text) -> None:
     print(f"  {name:<12}{text}")
 
@@ -59,11 +47,15 @@ def show_part(place: Path, args) -> tuple[list[ImageStats], Counter, int]:
     """Print one part; returns the readable images, the class sizes and the number of images.
 
     Raises:
-        UserError: as list_part.
+        UserError: the place does not exist, has no image, or its list or shards are invalid.
     """
-    paths, class_counts = list_part(place)
+    images = list_images(place)
+    paths = [path for path, _ in images.samples]
     print(f"{place}: {len(paths)} images")
-    if class_counts:
+    class_counts = Counter()
+    if images.classes:
+        class_counts.update({entry.name: 0 for entry in list_folder(place) if is_folder(entry)})
+        class_counts.update(images.classes[label] for _, label in images.samples)
         show_classes(class_counts)
     chosen = evenly_spaced(paths, args.limit or len(paths))
     if len(chosen) < len(paths):
@@ -131,11 +123,8 @@ def channel_flags(stats: list[ImageStats]) -> list[str]:
     """--in_chans, --mean and --std where they differ from the defaults."""
     mean, std = channel_mean_std(with_main_channels(stats))
     flags = [] if len(mean) == 3 else ["--in_chans", str(len(mean))]
-    defaults = (
-        (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        if len(mean) == 3
-        else ([0.5] * len(mean),) * 2
-    )
+    imagenet = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    defaults = imagenet if len(mean) == 3 else ([0.5] * len(mean),) * 2
     for flag, values, default in zip(("--mean", "--std"), (mean, std), defaults, strict=True):
         if max(abs(a - b) for a, b in zip(values, default, strict=True)) > TOLERANCE:
             texts = [f"{max(x, 0.001):.3f}" for x in values]
@@ -162,35 +151,19 @@ def suggest_commands(path: Path, stats, num_train: int, can_finetune: bool) -> l
     return [shlex.join(command) for command in commands]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m tools.data_stats", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "path", metavar="PATH", help="folder of images or of train/ and val/, list, or shards"
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="open at most N images of each part (default: all)"
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        default=DEFAULT_WORKERS,
-        help="DataLoader workers (default: %(default)s here)",
-    )
+def get_args_parser() -> FlagParser:
+    parser = FlagParser("python -m tools.data_stats", description=__doc__.splitlines()[0])
+    flag = partial(add_flag, parser)
+    text = "folder of images or of train/ and val/, list, or shards"
+    flag("path", str, None, text, metavar="PATH")
+    text = "open at most N images of each part (default: all)"
+    flag("--limit", int, None, text, metavar="N")
+    flag("--num_workers", int, DEFAULT_WORKERS, "DataLoader workers (default: %(default)s here)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print every part, then commands.
-
-    Raises:
-        UserError: a flag is out of its range, or as list_part.
-    """
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}; it must be at least 1.")
-    if args.num_workers < 0:
-        raise UserError(f"--num_workers is {args.num_workers}; it must not be negative.")
+    check_ranges(args, {"limit": "[1, inf)", "num_workers": "[0, inf)"})
     if "://" in args.path:
         list_images(args.path)  # raises: Path would turn "://" into ":/"
     place = Path(args.path)

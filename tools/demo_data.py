@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from util.io.errors import UserError
+from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
 IMAGE_SIZE = 32
@@ -33,11 +34,7 @@ RECORD = "demo_data.json"  # marks a folder as written by this tool
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The scans, uint8 (1797, 8, 8), and their labels, int (1797,).
-
-    Raises:
-        UserError: scikit-learn is not installed.
-    """
+    """The scans, uint8 (1797, 8, 8), and their labels, int (1797,)."""
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ModuleNotFoundError as error:
@@ -49,18 +46,8 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
-def enlarge(scan: np.ndarray) -> Image.Image:
-    """One scan, uint8 (8, 8), as an RGB image of IMAGE_SIZE x IMAGE_SIZE pixels."""
-    img = Image.fromarray(scan).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    return img.convert("RGB")
-
-
 def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[int]]:
-    """{folder: indices of its scans}; see the module's docstring.
-
-    Raises:
-        UserError: a class has fewer training images than labels_per_class.
-    """
+    """{folder: indices of its scans}; see the module's docstring."""
     train, val = range(NUM_TRAIN), range(NUM_TRAIN, len(labels))
     few = []
     for digit in np.unique(labels):
@@ -75,11 +62,7 @@ def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[i
 
 
 def is_complete(out_dir: Path, settings: dict) -> bool:
-    """Whether out_dir already holds the images for these settings.
-
-    Raises:
-        UserError: out_dir holds something that this tool did not write with these settings.
-    """
+    """Whether out_dir already holds the images for these settings; refuses other content."""
     if not out_dir.exists():
         return False
     if not out_dir.is_dir():
@@ -105,12 +88,10 @@ def is_complete(out_dir: Path, settings: dict) -> bool:
 
 
 def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> dict[str, int]:
-    """Write the class folders below out_dir, unless they exist; returns {folder: number of images}.
+    """Write the class folders below out_dir, unless they exist; returns {folder: image count}.
 
     Raises:
-        UserError: out_dir holds something that this tool did not write with these settings.
-        UserError: a class has fewer training images than labels_per_class.
-        UserError: scikit-learn is not installed.
+        UserError: out_dir has other content, a class is too small, or scikit-learn is missing.
     """
     settings = {"image_size": IMAGE_SIZE, "labels_per_class": labels_per_class}
     record = out_dir / RECORD
@@ -127,24 +108,22 @@ def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> 
         for index in indices:
             path = out_dir / folder / str(labels[index]) / f"digit_{index:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            enlarge(scans[index]).save(path)
+            img = Image.fromarray(scans[index])
+            img = img.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+            img.convert("RGB").save(path)
     record.write_text(json.dumps(state | {"complete": True}) + "\n")
     return counts
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.demo_data",
-        description="Write scikit-learn's handwritten digits as 32x32 PNG class folders: "
-        "OUT_DIR/{train,val} with all labels, OUT_DIR/few/{train,val} with few.",
+def get_args_parser() -> FlagParser:
+    text = (
+        "Write scikit-learn's handwritten digits as 32x32 PNG class folders: OUT_DIR/{train,val} "
+        "with all labels, OUT_DIR/few/{train,val} with few."
     )
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to write to")
-    parser.add_argument(
-        "--labels_per_class",
-        type=int,
-        default=LABELS_PER_CLASS,
-        help="training images per class in OUT_DIR/few (default: %(default)s)",
-    )
+    parser = FlagParser("python -m tools.demo_data", description=text)
+    add_flag(parser, "out_dir", Path, None, "folder to write to", metavar="OUT_DIR")
+    text = "training images per class in OUT_DIR/few"
+    add_flag(parser, "--labels_per_class", int, LABELS_PER_CLASS, text)
     return parser
 
 

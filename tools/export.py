@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, 
 from util.data.transforms import CROP_RATIO
 from util.io.errors import UserError
 from util.io.files import atomic_write
+from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
@@ -41,12 +43,7 @@ SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; an ONNX file cannot excee
 
 
 def write_timm(model: nn.Module, trained, args) -> None:
-    """Write the folder.
-
-    Raises:
-        UserError: --out exists and is not an empty folder.
-        RuntimeError: the outputs of timm's model differ.
-    """
+    """Write config.json and model.safetensors, after a comparison of the outputs."""
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out {args.out} exists and is not an empty folder; name a new one.")
     timm_model, name, options = to_timm(model)
@@ -145,12 +142,7 @@ class FeaturesOnly(nn.Module):
 
 
 def write_onnx(model: nn.Module, trained, args) -> None:
-    """Write the graph and, where onnxruntime is installed, compare its outputs.
-
-    Raises:
-        UserError: a package is missing.
-        RuntimeError: the outputs differ.
-    """
+    """Write the graph, then compare its outputs for two batch sizes."""
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(
@@ -190,11 +182,7 @@ def trace_onnx(network: nn.Module, imgs: Tensor, names: list[str]):
 
 
 def check_onnx(network: nn.Module, imgs: Tensor, names: list[str], path: Path) -> None:
-    """Run the file with onnxruntime and compare.
-
-    Raises:
-        RuntimeError: outputs differ by more than ONNX_TOLERANCE.
-    """
+    """Run the file with onnxruntime, if it is installed, and compare."""
     if not importlib.util.find_spec("onnxruntime"):
         logger.warning("Not checked: onnxruntime is not installed (pip install onnxruntime)")
         return
@@ -216,11 +204,7 @@ def example_images(model: nn.Module, count: int) -> Tensor:
 
 
 def check_close(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    """Compare outputs, relative to the largest expected value if that is above 1.
-
-    Raises:
-        RuntimeError: they differ.
-    """
+    """Compare outputs, relative to the largest expected value if that is above 1."""
     difference = (found - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, expected.abs().max().item()):
         raise RuntimeError(f"Outputs of {name} differ from the model's by {difference:.2e}.")
@@ -240,32 +224,20 @@ def fold_probe(model: nn.Module) -> None:
 WRITERS = {"timm": write_timm, "safetensors": write_safetensors, "onnx": write_onnx}
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m tools.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="of main_pretrain.py or main_finetune.py: file or URL"
-    )
-    parser.add_argument("--to", required=True, choices=sorted(WRITERS), help="format to write")
-    parser.add_argument("--out", required=True, type=Path, help="folder for timm, else a file")
-    parser.add_argument(
-        "--features",
-        action="store_true",
-        help="onnx of a fine-tuned checkpoint: features instead of logits",
-    )
-    parser.add_argument("--model", help="name of the model, if the checkpoint does not hold it")
+def get_args_parser() -> FlagParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser("python -m tools.export", description=__doc__, formatter_class=layout)
+    flag = partial(add_flag, parser)
+    text = "of main_pretrain.py or main_finetune.py: file or URL"
+    flag("--checkpoint", str, None, text, required=True)
+    flag("--to", str, None, "format to write", required=True, choices=sorted(WRITERS))
+    flag("--out", Path, None, "folder for timm, else a file", required=True)
+    flag("--features", bool, False, "onnx of a fine-tuned checkpoint: features instead of logits")
+    flag("--model", str, None, "name of the model, if the checkpoint does not hold it")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write one format.
-
-    Raises:
-        UserError: --features with another format, or as the writers say.
-    """
     if args.features and args.to != "onnx":
         raise UserError("--features belongs to --to onnx; leave it out.")
     model, trained = load_trained(args.checkpoint, model=args.model)

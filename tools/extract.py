@@ -15,6 +15,7 @@ Shapes: N images, L patches, D encoder width, K classes.
 import argparse
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,36 +33,31 @@ from util.eval.inference import (
 )
 from util.io.errors import UserError
 from util.io.files import atomic_write
+from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
 
-SPLITS = {"train", "val", "test"}
+SPLITS = {"train", "val", "test"}  # no class folders
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tools.extract", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, nargs="+", help="folder, list, shards or images")
-    parser.add_argument(
-        "--out", required=True, type=Path, help="features.npz, or features.npy for large sets"
+def get_args_parser() -> FlagParser:
+    parser = FlagParser("python -m tools.extract", description=__doc__.splitlines()[0])
+    flag = partial(add_flag, parser)
+    flag("--data", str, None, "folder, list, shards or images", required=True, nargs="+")
+    text = "features.npz, or features.npy for large sets"
+    flag("--out", Path, None, text, required=True)
+    text = (
+        "class token, mean of the patches, or every patch (default: what the model's head reads; "
+        "of a pre-training checkpoint cls)"
     )
-    parser.add_argument(
-        "--which",
-        choices=FEATURES,
-        help="class token, mean of the patches, or every patch (default: what the model's head "
-        "reads; of a pre-training checkpoint cls)",
-    )
+    flag("--which", str, None, text, choices=FEATURES)
     add_inference_flags(parser)
     return parser
 
 
 def list_labelled(sources: list[str]) -> ImageList:
-    """The images named; with labels if it is one folder that holds class folders only.
-
-    Raises:
-        UserError: there are none.
-        UserError: the folder is a whole dataset, so that train and val would count as classes.
-    """
+    """The images, with labels if the source is one folder of class folders only."""
     images = list_images(*sources)
     if images.classes and set(images.classes) <= SPLITS:
         raise UserError(
@@ -99,10 +95,7 @@ def write_npz(
 def write_npy(path: Path, batches, shape: tuple[int, ...], names: list[str]) -> None:
     """Write features.npy batch by batch, in constant memory, and features.txt."""
     header = dict(descr="<f4", fortran_order=False, shape=shape)
-    with (
-        atomic_write(path) as tmp_path,
-        atomic_write(path.with_suffix(".txt")) as tmp_names,
-    ):
+    with atomic_write(path) as tmp_path, atomic_write(path.with_suffix(".txt")) as tmp_names:
         tmp_names.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         with open(tmp_path, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
@@ -111,11 +104,6 @@ def write_npy(path: Path, batches, shape: tuple[int, ...], names: list[str]) -> 
 
 
 def main(args: argparse.Namespace) -> None:
-    """Extract and write.
-
-    Raises:
-        UserError: OUT ends in neither .npz nor .npy.
-    """
     if args.out.suffix not in (".npz", ".npy"):
         raise UserError(f"--out {args.out} must end in .npz, or in .npy for large sets.")
     images = list_labelled(args.data)

@@ -6,13 +6,14 @@ Every image of DIR/val is assigned the class that its k nearest images of DIR/tr
 similarity) vote for, each with weight exp(similarity / T), as in DINO (arXiv 2104.14294). Both
 folders go through the evaluation transform. A class without a vote is not a prediction.
 
-Shapes: B query images, M training images, D encoder width, K classes, k neighbours.
+Shapes: B query images, M training images, D encoder width, K classes, k neighbors.
 """
 
 import argparse
 import json
 import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ from util.eval.inference import (
 )
 from util.eval.report import few_classes_note
 from util.io.errors import UserError
+from util.run.checks import check_ranges
+from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
@@ -38,28 +41,16 @@ logger = logging.getLogger(__name__)
 CHUNK = 32768  # training images compared at once
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tools.knn", description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", required=True, help="folder with train/ and val/")
-    parser.add_argument(
-        "--k",
-        type=int,
-        nargs="+",
-        default=[1, 5, 10, 20, 100],
-        help="numbers of neighbors (default: 1 5 10 20 100)",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.07, help="T of the vote (default: 0.07)"
-    )
-    parser.add_argument(
-        "--which",
-        choices=["cls", "mean"],
-        help="class token or mean of the patches (default: what the model's head reads; of a "
-        "pre-training checkpoint cls)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="end with all results as one line of JSON"
-    )
+def get_args_parser() -> FlagParser:
+    parser = FlagParser("python -m tools.knn", description=__doc__.splitlines()[0])
+    flag = partial(add_flag, parser)
+    flag("--data_path", str, None, "folder with train/ and val/", required=True)
+    text = "numbers of neighbors (default: 1 5 10 20 100)"
+    flag("--k", int, [1, 5, 10, 20, 100], text, nargs="+")
+    flag("--temperature", float, 0.07, "T of the vote")
+    text = "class token or mean of the patches (default: what the model's head reads; of a "
+    flag("--which", str, None, text + "pre-training checkpoint cls)", choices=["cls", "mean"])
+    flag("--json", bool, False, "end with all results as one line of JSON")
     add_inference_flags(parser, batch_size=256)
     return parser
 
@@ -127,11 +118,7 @@ def measure_knn(
 
 
 def choose_ks(ks: list[int], num_train: int) -> list[int]:
-    """The k that are at most the number of training images, ascending.
-
-    Raises:
-        UserError: there is none, or one is below 1.
-    """
+    """The k that are at most the number of training images, ascending."""
     if min(ks) < 1:
         raise UserError(f"--k holds {min(ks)}; it must be at least 1.")
     possible = sorted({k for k in ks if k <= num_train})
@@ -151,8 +138,7 @@ def list_splits(data_path: str) -> tuple[list[str], list, list]:
     """Class names, and (path, class index) of train/ and of val/.
 
     Raises:
-        UserError: one of them is missing or has an empty class.
-        UserError: they have different classes.
+        UserError: one of them is missing or has an empty class, or their classes differ.
     """
     train, val = (list_classes(Path(data_path, split)) for split in ("train", "val"))
     check_same_classes(data_path, train.classes, val.classes)
@@ -160,13 +146,7 @@ def list_splits(data_path: str) -> tuple[list[str], list, list]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure and print.
-
-    Raises:
-        UserError: a flag is out of range, or train/ and val/ have different classes.
-    """
-    if args.temperature <= 0:
-        raise UserError(f"--temperature is {args.temperature}; it must be above 0.")
+    check_ranges(args, {"temperature": "(0, inf]"})
     classes, train, val = list_splits(args.data_path)
     ks = choose_ks(args.k, len(train))
     model, trained = load_trained(args.checkpoint, model=args.model)
@@ -185,8 +165,8 @@ def main(args: argparse.Namespace) -> None:
     results = measure_knn(bank, labels, queries, ks, args.temperature, len(classes))
     for k, (acc1, acc5) in results.items():
         print(f"kNN k={k} T={args.temperature:g}: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
-    if few_classes_note(len(classes)):
-        logger.info(few_classes_note(len(classes)))
+    if note := few_classes_note(len(classes)):
+        logger.info(note)
     if args.json:
         rows = [{"k": k, "acc1": acc1, "acc5": acc5} for k, (acc1, acc5) in results.items()]
         setup = dict(checkpoint=args.checkpoint, which=which, temperature=args.temperature)

@@ -10,14 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Timer:
-    """Seconds per call, including the work that the call leaves on the device."""
+    """Seconds per call, including the work that the call leaves on the device.
+
+    Args:
+        steps: calls per timing.
+        clock: "wall", or "cpu" for the processor time of this process.
+    """
 
     def __init__(self, device: torch.device, steps: int, clock: str = "wall"):
-        """
-        Args:
-            steps: calls per timing.
-            clock: "wall", or "cpu" for the processor time of this process.
-        """
         self.device = device
         self.steps = steps
         self.now = time.process_time if clock == "cpu" else time.perf_counter

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from util.io.errors import UserError
+from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 from util.vis.figures import DPI, FONT_SIZE, check_format, plain, save_figure, style_axes, wrap
 
@@ -31,34 +33,20 @@ LINE_STYLES = ("-", "--", ":", "-.")  # each for as many runs as there are colou
 Curve = list[tuple[float, float]]  # (epoch, value), epochs ascending
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.plot_log", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "runs", nargs="+", metavar="DIR", help="output folder of a run, or its log.txt"
-    )
-    parser.add_argument("--out", required=True, help="file to write: .png, .pdf or .svg")
-    parser.add_argument(
-        "--keys",
-        nargs="+",
-        metavar="KEY",
-        help=f"entries of log.txt to draw (default: {', '.join(USUAL_KEYS)}, if present)",
-    )
-    parser.add_argument("--log_scale", action="store_true", help="logarithmic axes for the values")
-    parser.add_argument("--caption", help="text below the panels")
+def get_args_parser() -> FlagParser:
+    parser = FlagParser("python -m tools.plot_log", description=__doc__.splitlines()[0])
+    flag = partial(add_flag, parser)
+    flag("runs", str, None, "output folder of a run, or its log.txt", nargs="+", metavar="DIR")
+    flag("--out", str, None, "file to write: .png, .pdf or .svg", required=True)
+    text = f"entries of log.txt to draw (default: {', '.join(USUAL_KEYS)}, if present)"
+    flag("--keys", str, None, text, nargs="+", metavar="KEY")
+    flag("--log_scale", bool, False, "logarithmic axes for the values")
+    flag("--caption", str, None, "text below the panels")
     return parser
 
 
 def read_log(source: str) -> dict[str, Curve]:
-    """Curves of a run by key; where an epoch was logged twice, the later line counts.
-
-    An incomplete last line, as an interrupted run leaves it, is skipped with a warning.
-
-    Raises:
-        UserError: there is no log.txt.
-        UserError: it holds no finished epoch, or a line that is not of a log.
-    """
+    """Curves of a run by key; where an epoch was logged twice, the later line counts."""
     path = find_log(source)
     if not path.is_file():
         raise UserError(f"There is no file {path}; name the output folder of a run.")
@@ -68,7 +56,7 @@ def read_log(source: str) -> dict[str, Curve]:
         stats = parse_line(line)
         if stats is not None:
             epochs[stats.get("epoch", index)] = stats
-        elif index == len(lines) - 1:
+        elif index == len(lines) - 1:  # the run was interrupted while writing it
             logger.warning("%s: the last line is incomplete and left out", path)
         elif line.strip():
             raise UserError(
@@ -98,11 +86,7 @@ def parse_line(line: str) -> dict | None:
 
 
 def choose_keys(logs: dict[str, dict[str, Curve]], wanted: list[str] | None) -> list[str]:
-    """Which keys to draw.
-
-    Raises:
-        UserError: no run has one of the wanted keys, or any of the usual ones.
-    """
+    """The wanted keys, by default the usual ones that some run has."""
     present = sorted({key for curves in logs.values() for key in curves})
     chosen = wanted or [key for key in USUAL_KEYS if key in present]
     missing = [key for key in chosen if key not in present]
@@ -191,13 +175,12 @@ def main(args: argparse.Namespace) -> None:
     check_format(args.out)
     names = name_runs(args.runs)
     logs = {name: read_log(source) for name, source in zip(names, args.runs, strict=True)}
-    kinds = map(read_loss_kind, args.runs, logs.values())
-    kinds = dict(zip(names, kinds, strict=True))
+    kinds = [read_loss_kind(*run) for run in zip(args.runs, logs.values(), strict=True)]
     panels = {}
     for key in choose_keys(logs, args.keys):
-        for name, log in logs.items():
+        for (name, log), kind in zip(logs.items(), kinds, strict=True):
             if key in log:
-                panels.setdefault((key, unit_of(key, kinds[name])), {})[name] = log[key]
+                panels.setdefault((key, unit_of(key, kind)), {})[name] = log[key]
     save_figure(draw_curves(panels, args.log_scale, args.caption), args.out)
     logger.info("Curves in %s", args.out)
 

@@ -14,7 +14,7 @@ import logging
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from util.build import load_trained
 from util.data.image_io import open_image
@@ -23,6 +23,7 @@ from util.data.transforms import build_transform
 from util.distributed import choose_device
 from util.io.errors import CheckpointError, UserError
 from util.run.checks import check_ranges
+from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 from util.vis.attention_maps import draw_attention
 from util.vis.figures import check_format, save_figure
@@ -33,89 +34,41 @@ logger = logging.getLogger(__name__)
 NUM_PATCHES = 3
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.visualize", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, help="of main_pretrain.py: a file, https:// or hf:// URL"
-    )
-    parser.add_argument("--model", help="name of the model, if the file does not hold it")
-    parser.add_argument(
-        "--images", nargs="+", default=[], metavar="PATH", help="image files, or folders of them"
-    )
-    parser.add_argument("--out", required=True, help="file to write: .png, .pdf or .svg")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--attention",
-        action="store_true",
-        help="draw which patches a predicted patch attends to in each decoder block",
-    )
-    mode.add_argument(
-        "--weights",
-        action="store_true",
-        help="draw the learned weights of the encoder's feature maps; needs no --images",
-    )
-    parser.add_argument(
-        "--num_images",
-        type=int,
-        default=8,
-        help="at most so many, spread evenly over those of --images (default: 8)",
-    )
-    parser.add_argument(
-        "--mask_ratio",
-        type=float,
-        nargs="+",
-        metavar="R",
-        help="ratio of masked patches; several: a block of rows each (default: the checkpoint's)",
-    )
-    parser.add_argument(
-        "--kept_mask_ratio",
-        type=float,
-        help="CrossMAE: ratio of all patches that is predicted (default: the checkpoint's fraction "
-        "of the masked ones)",
-    )
-    parser.add_argument(
-        "--num_patches",
-        type=int,
-        help=f"with --attention: predicted patches per image (default: {NUM_PATCHES})",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda if available)")
-    parser.add_argument("--caption", default="", help="first line of the text below the figure")
+def get_args_parser() -> FlagParser:
+    parser = FlagParser("python -m tools.visualize", description=__doc__.splitlines()[0])
+    flag = partial(add_flag, parser)
+    text = "of main_pretrain.py: a file, https:// or hf:// URL"
+    flag("--checkpoint", str, None, text, required=True)
+    flag("--model", str, None, "name of the model, if the file does not hold it")
+    flag("--images", str, None, "image files, or folders of them", nargs="+", metavar="PATH")
+    flag("--out", str, None, "file to write: .png, .pdf or .svg", required=True)
+    mode = partial(add_flag, parser.add_mutually_exclusive_group())
+    text = "draw which patches a predicted patch attends to in each decoder block"
+    mode("--attention", bool, False, text)
+    text = "draw the learned weights of the encoder's feature maps; needs no --images"
+    mode("--weights", bool, False, text)
+    flag("--num_images", int, 8, "images drawn at most, spread evenly over those of --images")
+    text = "ratio of masked patches; several: a block of rows each (default: the checkpoint's)"
+    flag("--mask_ratio", float, None, text, nargs="+", metavar="R")
+    text = "CrossMAE: ratio of all patches that is predicted (default: the checkpoint's fraction "
+    flag("--kept_mask_ratio", float, None, text + "of the masked ones)")
+    text = f"with --attention: predicted patches per image (default: {NUM_PATCHES})"
+    flag("--num_patches", int, None, text)
+    flag("--seed", int, 0, "of the masks")
+    flag("--device", str, None, "cuda or cpu (default: cuda if available)")
+    flag("--caption", str, "", "first line of the text below the figure")
     return parser
 
 
-def load_pretrained(source: str, **changes) -> tuple[nn.Module, argparse.Namespace]:
-    """Model of a pre-training checkpoint, and the arguments it was made with.
-
-    Raises:
-        CheckpointError: the file cannot be read or has no decoder.
-    """
-    model, args = load_trained(source, **changes)
-    if model.kind == "classifier":
-        raise CheckpointError(
-            f"{source} is a fine-tuned classifier, which predicts no pixels; give the checkpoint "
-            "that main_pretrain.py wrote."
-        )
-    return model, args
-
-
 def load_images(sources: list[str], count: int, args: argparse.Namespace) -> Tensor:
-    """At most `count` images, spread evenly over the sources, as evaluation sees them:
-    (B, C, H, W).
-    """
+    """At most `count` images (B, C, H, W), evenly spaced, with the evaluation transform."""
     transform = build_transform(False, args)
     samples = evenly_spaced(list_images(*sources).samples, count)
     return torch.stack([transform(open_image(path, args.in_chans)) for path, _ in samples])
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuse flags that would not act.
-
-    Raises:
-        UserError: with the flag and the remedy.
-    """
+    """Raises UserError for a flag that is out of range or would not act."""
     check_format(args.out)
     check_ranges(args, dict(num_images="[1, inf)", num_patches="[1, inf)"))
     if args.weights:
@@ -131,7 +84,12 @@ def check_args(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = choose_device(args.device, 0)
-    model, trained = load_pretrained(args.checkpoint, model=args.model)
+    model, trained = load_trained(args.checkpoint, model=args.model)
+    if model.kind == "classifier":
+        raise CheckpointError(
+            f"{args.checkpoint} is a fine-tuned classifier, which predicts no pixels; give the "
+            "checkpoint that main_pretrain.py wrote."
+        )
     if args.weights:
         figure = draw_feature_map_weights(model, args.caption)
     else:
