@@ -6,12 +6,14 @@ Forward pass of one image, 2 FLOPs per multiply-add, on the meta device, so it t
 speed and memory see tools.benchmark.
 """
 
-import common
-import torch
+from itertools import product
 
-import models_cross  # noqa: E402
-import models_mae  # noqa: E402
-import models_vit  # noqa: E402
+import common
+from torch import nn
+
+import models_cross
+import models_mae
+import models_vit
 
 SIZES = {
     "S/16": ("small_patch16", 224),
@@ -41,33 +43,26 @@ KNOWN = {
 }
 
 
-def build(model: str, factory: str, size: int) -> torch.nn.Module:
-    """The model on the meta device."""
+def build(model: str, size: str) -> nn.Module:
+    (depth, kept), (factory, pixels) = MODELS[model], SIZES[size]
+    if depth is None:
+        return getattr(models_vit, f"vit_{factory}")(img_size=pixels)
+    flags = dict(img_size=pixels, decoder_depth=depth, norm_pix_loss=True)
+    if kept is None:
+        return getattr(models_mae, f"mae_vit_{factory}")(**flags)
+    return getattr(models_cross, f"mae_vit_{factory}")(**flags, weight_fm=True, use_input=True)
+
+
+def measure(model: str, size: str) -> dict:
     depth, kept = MODELS[model]
-    with torch.device("meta"):
-        if depth is None:
-            return getattr(models_vit, f"vit_{factory}")(img_size=size)
-        flags = dict(img_size=size, decoder_depth=depth, norm_pix_loss=True)
-        if kept is None:
-            return getattr(models_mae, f"mae_vit_{factory}")(**flags)
-        flags |= dict(weight_fm=True, use_input=True)
-        return getattr(models_cross, f"mae_vit_{factory}")(**flags)
-
-
-def main() -> None:
-    results = common.Results("cost", key=("model", "size"))
-    for model in MODELS:
-        for (name, (factory, size)), known in zip(SIZES.items(), KNOWN[model].split(), strict=True):
-            if results.find(model=model, size=name) is not None:
-                continue
-            kept = MODELS[model][1]
-            ratios = () if model == "classifier" else (0.75, kept or 0.75)
-            gflop, params = common.count_cost(build(model, factory, size), size, ratios)
-            known_gflop, known_params = (float(x) if x != "-" else None for x in known.split("/"))
-            row = dict(model=model, size=name, gflop=round(gflop, 3), mparams=round(params, 2))
-            row |= dict(known_gflop=known_gflop, known_mparams=known_params)
-            results.add(**row)
+    ratios = () if depth is None else (0.75, kept or 0.75)
+    gflop, mparams = common.count_cost(lambda: build(model, size), SIZES[size][1], ratios)
+    known = KNOWN[model].split()[list(SIZES).index(size)].split("/")
+    known_gflop, known_mparams = (float(x) if x != "-" else None for x in known)
+    row = dict(gflop=round(gflop, 3), mparams=round(mparams, 2))
+    return row | dict(known_gflop=known_gflop, known_mparams=known_mparams)
 
 
 if __name__ == "__main__":
-    main()
+    common.get_args_parser(__doc__).parse_args()
+    common.Results("cost", "model", "size").measure(measure, product(MODELS, SIZES))

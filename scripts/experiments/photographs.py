@@ -4,13 +4,9 @@
 
 Ten photographs are for pre-training, seven others for the task: classify which of the seven a crop
 is from. Training crops come from the left half of a photograph, validation crops from the right
-half. All are grey, because color alone would identify the photograph.
-
-    OUT_DIR/seen/train/<photograph>/<index>.png     150 crops each, not used in the task
-    OUT_DIR/unseen/train/<photograph>/<index>.png   100 crops each, of the left half
-    OUT_DIR/unseen/val/<photograph>/<index>.png     70 crops each, of the right half
-
-Every call writes the same crops. For the licences of the photographs see both packages
+half. All are grey, because color alone would identify the photograph. Every call writes the same
+crops, OUT_DIR/{seen/train,unseen/train,unseen/val}/<photograph>/<index>.png: 150, 100 and 70 of
+each photograph. For the licences of the photographs see both packages
 (skimage/data/README.txt); none is part of this repository.
 """
 
@@ -45,10 +41,8 @@ def load_photographs(names: dict[str, str]) -> dict[str, Image.Image]:
     for folder, files in names.items():
         package = find_spec(folder.split("/")[0])
         if package is None:
-            sys.exit(
-                f"The photographs in {folder} are missing: run "
-                "`pip install -r scripts/experiments/requirements.txt`."
-            )
+            remedy = "run `pip install -r scripts/experiments/requirements.txt`"
+            sys.exit(f"The photographs in {folder} are missing: {remedy}.")
         for name in files.split():
             path = Path(package.origin).parents[1] / folder / name
             photographs[path.stem] = Image.open(path).convert("L")
