@@ -12,19 +12,20 @@ from pretraining_helps import DATA, EPOCHS
 import main_pretrain
 from util.build import build_pretrain_model
 
-ALL = "--weight_fm --use_input"  # the encoder's input and its six blocks
-RUNS = {  # name: (kept mask ratio, decoder blocks, feature maps)
-    "CrossMAE": (0.75, 4, ALL),
-    "decoder 1": (0.75, 1, ALL),
-    "decoder 8": (0.75, 8, ALL),
-    "decoder 12": (0.75, 12, ALL),
-    "kept 0.15": (0.15, 4, ALL),
-    "kept 0.25": (0.25, 4, ALL),
-    "kept 0.5": (0.5, 4, ALL),
-    "last map": (0.75, 4, ""),
-    "3 maps": (0.75, 4, "--weight_fm --use_fm 1 3 5"),
-    "MAE": (None, 4, ""),
-    "MAE, decoder 8": (None, 8, ""),
+KEPT = f"{common.CROSS} --kept_mask_ratio"
+MAPS = "--cross_mae --kept_mask_ratio 0.75 --decoder_depth 4"
+RUNS = {
+    "CrossMAE": f"{KEPT} 0.75 --decoder_depth 4",
+    "decoder 1": f"{KEPT} 0.75 --decoder_depth 1",
+    "decoder 8": f"{KEPT} 0.75 --decoder_depth 8",
+    "decoder 12": f"{KEPT} 0.75 --decoder_depth 12",
+    "kept 0.15": f"{KEPT} 0.15 --decoder_depth 4",
+    "kept 0.25": f"{KEPT} 0.25 --decoder_depth 4",
+    "kept 0.5": f"{KEPT} 0.5 --decoder_depth 4",
+    "last map": MAPS,  # the others have all seven: the encoder's input and its six blocks
+    "3 maps": f"{MAPS} --weight_fm --use_fm 1 3 5",
+    "MAE": "--decoder_depth 4",
+    "MAE, decoder 8": "--decoder_depth 8",
 }
 
 
@@ -32,12 +33,9 @@ def main(args) -> None:
     images = common.write_images(DATA["digits"].write, args.out / "digits")
 
     def measure(run: str, seed: int) -> dict:
-        kept, depth, maps = RUNS[run]
-        cross = "" if kept is None else f"--cross_mae --kept_mask_ratio {kept} {maps}"
-        flags = f"{DATA['digits'].flags} --decoder_depth {depth} {cross}"
         folder = common.name_folder(args.out / "ablations", run, seed)
-        run_flags = f"{flags} --epochs {EPOCHS} --seed {seed}"
-        losses, seconds = common.pretrain(run_flags, images, folder)
+        flags = f"{DATA['digits'].flags} {RUNS[run]} --epochs {EPOCHS} --seed {seed}"
+        losses, seconds = common.pretrain(flags, images, folder)
         parsed = main_pretrain.get_args_parser().parse_args(f"{common.PRETRAIN} {flags}".split())
         ratios = (0.75, parsed.kept_mask_ratio)
         gflop, mparams = common.count_cost(lambda: build_pretrain_model(parsed), 32, ratios)

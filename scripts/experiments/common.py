@@ -69,10 +69,8 @@ class Results:
         found, self.machine = read_results(name), describe_machine()
         self.rows = found["rows"]
         if self.rows and found["machine"] != self.machine:
-            sys.exit(
-                f"{self.path} was measured on another machine ({found['machine']}); delete it to "
-                f"measure on this one ({self.machine})."
-            )
+            remedy = f"delete it to measure on this one ({self.machine})"
+            sys.exit(f"{self.path} was measured on another machine ({found['machine']}); {remedy}.")
         if self.rows:
             print(f"{len(self.rows)} results in {self.path} are not measured again.")
 
@@ -115,10 +113,8 @@ def describe_machine() -> str:
 
 
 def call(command: str, log: Path, **flags) -> tuple[str, float]:
-    """Run `python COMMAND --FLAG=VALUE` in the repository with one thread.
+    """Run `python COMMAND --FLAG=VALUE` with one thread; returns (output, seconds).
 
-    Returns:
-        (output, seconds)
     Raises:
         RuntimeError: it failed; its output is in `log`.
     """
@@ -135,7 +131,6 @@ def call(command: str, log: Path, **flags) -> tuple[str, float]:
 
 
 def name_folder(out: Path, *names) -> Path:
-    """Folder of a run."""
     return out / " ".join(map(str, names)).replace(" ", "-").replace(",", "")
 
 

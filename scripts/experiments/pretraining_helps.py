@@ -97,34 +97,32 @@ def measure(name: str, args) -> None:
 
     def measure_features(_, arm: str, seed: int) -> dict:
         losses, seconds = pretrain(arm, seed)
-        acc1 = common.knn(common.name_folder(out, arm, seed), labelled)
-        return dict(knn=acc1, losses=losses, seconds=seconds)
+        knn = common.knn(common.name_folder(out, arm, seed), labelled)
+        return dict(knn=knn, losses=losses, seconds=seconds)
 
     def finetune(_, task: str, arm: str, labels: str, seed: int) -> dict:
         epochs, layer_decay = SCHEDULE["pre-trained" if arm in ARMS else arm]
         flags = PROBE if task == "probe" else f"--epochs {epochs} --layer_decay {layer_decay}"
         command = f"main_finetune.py {common.FINETUNE} {data.flags} {flags} --seed {seed}"
         folder = common.name_folder(out, task, arm, labels, seed)
-        subset = label_subset(labelled, labels, seed, out)
-        paths = dict(data_path=subset, output_dir=folder)
+        paths = dict(data_path=label_subset(labelled, labels, seed, out), output_dir=folder)
         if arm in ARMS:
             paths["finetune"] = common.name_folder(out, arm, seed) / "checkpoint.pth"
         _, seconds = common.call(command, folder / "output.txt", **paths)
         for checkpoint in folder.glob("*.pth"):
             checkpoint.unlink()
-        acc1 = common.read_log(folder)[-1]["test_acc1"]
-        return dict(acc1=acc1, seconds=round(seconds, 1))
+        return dict(acc1=common.read_log(folder)[-1]["test_acc1"], seconds=round(seconds, 1))
 
     for seed in range(args.seeds):
         for labels in args.labels:
             label_subset(labelled, labels, seed, out)  # before the arms, in parallel, share it
-        tasks = product(["fine-tuning"], ALL_ARMS, args.labels)
-        tasks = [*tasks, *product(["probe"], ARMS, ["all"])]
-        runs = [(name, *task, seed) for task in tasks if task[0] in args.tasks]
+        runs = [(name, "fine-tuning", arm, n, seed) for n in args.labels for arm in ALL_ARMS]
+        runs += [(name, "probe", arm, "all", seed) for arm in ARMS]
+        runs = [run for run in runs if run[1] in args.tasks]
         features.measure(measure_features, [(name, arm, seed) for arm in ARMS], args.jobs)
         for _, _, arm, _, _ in accuracies.find_missing(runs):
             if arm in ARMS:
-                pretrain(arm, seed)  # if the checkpoint was deleted since
+                pretrain(arm, seed)  # again if its folder was deleted
         accuracies.measure(finetune, runs, args.jobs)
 
 

@@ -31,7 +31,6 @@ CHANGES = {
     "ViT-H/14, batch 1": "--model mae_vit_huge_patch14 --batch_size 1",
 }
 RANKS = {"digits, 1 process": 1, "digits, 2 processes": 2}
-RUNS = [*CHANGES, *RANKS]
 TRAIN = (
     f"main_pretrain.py {common.PRETRAIN} {common.CROSS} --decoder_depth 4 --input_size 32 "
     "--epochs 3 --warmup_epochs 1"

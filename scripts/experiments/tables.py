@@ -22,8 +22,7 @@ COMPARED = ["scratch", "scratch, long", "mae", "crossmae 0.25"]  # with crossmae
 
 def rows_of(name: str, **key) -> list[dict]:
     """The rows of docs/results/NAME.json with this key."""
-    rows = common.read_results(name)["rows"]
-    return [row for row in rows if all(row[column] == key[column] for column in key)]
+    return [row for row in common.read_results(name)["rows"] if row.items() >= key.items()]
 
 
 def mean_std(values: list[float], digits: int = 1) -> str:
@@ -110,10 +109,11 @@ def cost_table() -> str:
 
 
 def speed_table() -> str:
-    rows, body = {row["run"]: row for row in rows_of("speed")}, []
-    for run in [name for name in speed.RUNS if name in rows]:
-        values = (rows[run][key] for key in ("images_per_s", "gflop", "mib"))
-        body.append([run, *("-" if x is None else f"{x:g}" for x in values)])
+    body = []
+    for run in [*speed.CHANGES, *speed.RANKS]:
+        for row in rows_of("speed", run=run):
+            values = (row[key] for key in ("images_per_s", "gflop", "mib"))
+            body.append([run, *("-" if x is None else f"{x:g}" for x in values)])
     head = ["changed", "images/s", "GFLOP per image", "MiB of activations per image"]
     return table(head, body)
 
@@ -131,40 +131,31 @@ def parity_table() -> str:
     body = []
     for row in rows_of("parity"):
         test = row["test"].removeprefix("tests/test_").replace(".py::test_", ": ").replace("_", " ")
-        found, allowed = "equal", "equal"
+        bounds = ["equal", "equal"]
         if row["kind"] != "equal":
-            found, allowed = f"{row['difference']:.1e}", f"{row['allowed']:.1e}"
-        allowed += " of the value" if row["kind"] == "relative" else ""
-        body.append([test, row["quantity"], str(row["comparisons"]), found, allowed])
+            unit = " of the value" if row["kind"] == "relative" else ""
+            bounds = [f"{row['difference']:.1e}", f"{row['allowed']:.1e}{unit}"]
+        body.append([test, row["quantity"], str(row["comparisons"]), *bounds])
     return table(["test", "quantity", "comparisons", "worst difference", "allowed"], body)
 
 
-def all_tables() -> dict[str, str]:
-    """{name: text}."""
+def main(write: bool) -> None:
     tables = {}
     for data in DATA:
         tables[f"accuracy {data}"] = accuracy_table(data)
         tables[f"pairs {data}"] = pairs_table(data)
         tables[f"seconds {data}"] = seconds_table(data)
     tables |= {"ablations": ablation_table(), "cost": cost_table(), "speed": speed_table()}
-    return tables | {"reading": reading_table(), "parity": parity_table()}
-
-
-def fill(text: str, tables: dict[str, str]) -> str:
-    """The text of a document with current tables.
-
-    Raises:
-        KeyError: the text names an unknown table.
-    """
-    pattern = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", text)
+    tables |= {"reading": reading_table(), "parity": parity_table()}
+    for name, text in tables.items():
+        print(f"{name}\n\n{text}\n")
+    marked = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    for path in [common.ROOT / document for document in DOCUMENTS] if write else []:
+        text = marked.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", path.read_text())
+        path.write_text(text)
 
 
 if __name__ == "__main__":
     parser = common.get_args_parser(__doc__)
     parser.add_argument("--write", action="store_true", help="update the documents")
-    write, tables = parser.parse_args().write, all_tables()
-    for name, text in tables.items():
-        print(f"{name}\n\n{text}\n")
-    for path in [common.ROOT / document for document in DOCUMENTS] if write else []:
-        path.write_text(fill(path.read_text(), tables))
+    main(parser.parse_args().write)
