@@ -22,8 +22,8 @@ SIZES = {
     "H/14": ("huge_patch14", 224),
     "B/16 448": ("base_patch16", 448),
 }
-# name: (decoder depth, kept mask ratio, cost of the public implementation). The cost is GFLOP/million
-# trainable parameters for each of SIZES, counted the same way.
+# name: (decoder depth, kept mask ratio, GFLOP/million trainable parameters of the public
+# implementation for each of SIZES, counted the same way).
 MODELS = {
     "MAE, 8 blocks": (8, None, "5.17/28.2 19.56/111.7 41.51/329.2 97.12/656.6 86.2/-"),
     "MAE, 12 blocks": (12, None, "6.57/31.4 24.84/124.3 46.79/341.9 104.13/669.2 -/-"),
