@@ -1,23 +1,21 @@
 """Shared by the experiments: running the project's commands and storing their results.
 
-Every script here takes --out (folder of the runs) and --jobs (commands in parallel, each with one
-thread), and keeps its results in docs/results/NAME.json, a row per measurement. Existing rows are
-not measured again, so an interrupted experiment resumes.
+Results are in docs/results/NAME.json, a row per measurement. Existing rows are not measured again,
+so an interrupted experiment resumes.
 """
 
-import argparse
 import json
 import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE, STDOUT, run
 
 import torch
 
@@ -26,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # for the project's modules
 
 from tools.measure import count_flops  # noqa: E402
 from util.io.files import atomic_write  # noqa: E402
+from util.run.flags import FlagParser, add_flag  # noqa: E402
 
 # The encoder of every experiment, and how long the runs are: see docs/experiments.md.
 PRETRAIN = (
@@ -37,18 +36,18 @@ FINETUNE = (
     "--model vit_mini_patch4 --batch_size 10 --warmup_epochs 1 --lr 2e-3 "
     "--drop_path 0 --aa '' --reprob 0 --num_workers 0"
 )
+FLAGS = {
+    "out": (lambda path: Path(path).resolve(), ROOT / "output/experiments", "folder of the runs"),
+    "jobs": (int, 2, "commands in parallel, each with one thread"),
+    "seeds": (int, 5, "seeds 0, 1, ..."),
+}
 
 
-def get_args_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--out",
-        type=lambda path: Path(path).resolve(),
-        default=ROOT / "output/experiments",
-        help="folder of the runs",
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="commands in parallel (default: 2)")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
+def get_args_parser(doc: str, *flags: str) -> FlagParser:
+    """Parser of a script with this docstring and these of FLAGS."""
+    parser = FlagParser(description=doc.splitlines()[0])
+    for name in flags:
+        add_flag(parser, f"--{name}", *FLAGS[name])
     return parser
 
 
@@ -59,34 +58,49 @@ def read_results(name: str) -> dict:
 
 
 class Results:
-    """Rows of docs/results/NAME.json, each found by its `key` columns; safe between threads.
+    """Rows of docs/results/NAME.json, each found by its `key` columns.
 
     Exits if the rows were measured on another machine.
     """
 
-    def __init__(self, name: str, key: tuple[str, ...]):
+    def __init__(self, name: str, *key: str):
         self.path, self.key = ROOT / f"docs/results/{name}.json", key
         self.lock = threading.Lock()
-        found = read_results(name)
+        found, self.machine = read_results(name), describe_machine()
         self.rows = found["rows"]
-        if self.rows and found["machine"] != describe_machine():
-            sys.exit(
-                f"{self.path} was measured on another machine ({found['machine']}); delete it to "
-                f"measure on this one ({describe_machine()})."
-            )
+        if self.rows and found["machine"] != self.machine:
+            remedy = f"delete it to measure on this one ({self.machine})"
+            sys.exit(f"{self.path} was measured on another machine ({found['machine']}); {remedy}.")
         if self.rows:
             print(f"{len(self.rows)} results in {self.path} are not measured again.")
 
-    def find(self, **key) -> dict | None:
-        """The row with these key columns, or None."""
-        return next((row for row in self.rows if all(row[k] == key[k] for k in self.key)), None)
+    def find_missing(self, keys: Iterable[tuple]) -> list[tuple]:
+        """The keys without a row."""
+        known = {tuple(row[column] for column in self.key) for row in self.rows}
+        return [key for key in keys if key not in known]
 
-    def add(self, **row) -> None:
+    def measure(self, function: Callable[..., dict], keys: Iterable[tuple], jobs: int = 1) -> None:
+        """Add a row with the columns function(*key) for every key without one, `jobs` at a time.
+
+        The first error ends it; rows that are being measured are still added.
+        """
+        with ThreadPoolExecutor(jobs) as pool:
+            missing = self.find_missing(keys)
+            futures = [pool.submit(self.add_row, key, function) for key in missing]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def add_row(self, key: tuple, function: Callable[..., dict]) -> None:
+        row = dict(zip(self.key, key, strict=True)) | function(*key)
         with self.lock:
             self.rows.append(row)
-            self.rows.sort(key=lambda row: [str(row[k]) for k in self.key])
+            self.rows.sort(key=lambda row: [str(row[column]) for column in self.key])
             lines = ",\n".join("  " + json.dumps(row) for row in self.rows)
-            machine = json.dumps(describe_machine())
+            machine = json.dumps(self.machine)
             with atomic_write(self.path) as tmp_path:
                 tmp_path.write_text(f'{{"machine": {machine}, "rows": [\n{lines}\n]}}\n')
             print(json.dumps(row), flush=True)
@@ -98,31 +112,26 @@ def describe_machine() -> str:
     return f"{platform.machine()}, {cores} cores, {device}, torch {torch.__version__}"
 
 
-def quote(path: Path) -> str:
-    """A path quoted for a command line."""
-    return shlex.quote(str(path))
-
-
-def call(command: str, log: Path) -> tuple[str, float]:
-    """Run `python COMMAND` in the repository with one thread; returns (output, seconds).
+def call(command: str, log: Path, **flags) -> tuple[str, float]:
+    """Run `python COMMAND --FLAG=VALUE` with one thread; returns (output, seconds).
 
     Raises:
         RuntimeError: it failed; its output is in `log`.
     """
+    argv = shlex.split(command) + [f"--{name}={value}" for name, value in flags.items()]
+    command, env = f"python {shlex.join(argv)}", {**os.environ, "OMP_NUM_THREADS": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    log.write_text(f"python {command}\n{done.stdout}")
+    done = run([sys.executable, *argv], cwd=ROOT, env=env, stdout=PIPE, stderr=STDOUT, text=True)
+    seconds = time.perf_counter() - start
+    log.write_text(f"{command}\n{done.stdout}")
     if done.returncode != 0:
-        raise RuntimeError(f"`python {command}` failed, its output is in {log}.")
-    return done.stdout, time.perf_counter() - start
+        raise RuntimeError(f"`{command}` failed, its output is in {log}.")
+    return done.stdout, seconds
+
+
+def name_folder(out: Path, *names) -> Path:
+    return out / " ".join(map(str, names)).replace(" ", "-").replace(",", "")
 
 
 def make_folder(folder: Path, write: Callable[[Path], object]) -> None:
@@ -135,24 +144,11 @@ def make_folder(folder: Path, write: Callable[[Path], object]) -> None:
         tmp_folder.rename(folder)
 
 
-def write_images(command: str, folder: Path) -> Path:
-    """Let `python COMMAND FOLDER` write the data set folder/images; returns that path."""
-    make_folder(
-        folder / "images",
-        lambda path: call(f"{command} {quote(path)}", folder / "images.txt"),
-    )
-    return folder / "images"
-
-
-def run_all(jobs: int, function: Callable, items: Iterable) -> list:
-    """function(*item) for all items, `jobs` at a time; the first error ends the script."""
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(function, *item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def write_images(command: str, out: Path) -> Path:
+    """Let `python COMMAND FOLDER` write the data set out/images; returns that path."""
+    images, log = out / "images", out / "images.txt"
+    make_folder(images, lambda folder: call(f"{command} {shlex.quote(str(folder))}", log))
+    return images
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -164,29 +160,22 @@ def pretrain(flags: str, data: Path, folder: Path) -> tuple[list[float], float]:
     """Pre-train, unless the folder holds the run; returns (loss of every epoch, seconds)."""
     time_file = folder / "seconds.txt"
     if not time_file.exists():
-        _, seconds = call(
-            f"main_pretrain.py {PRETRAIN} {flags} --data_path {quote(data)} "
-            f"--output_dir {quote(folder)}",
-            folder / "output.txt",
-        )
+        command = f"main_pretrain.py {PRETRAIN} {flags}"
+        _, seconds = call(command, folder / "output.txt", data_path=data, output_dir=folder)
         time_file.write_text(f"{seconds:.1f}\n")
     return [row["train_loss"] for row in read_log(folder)], float(time_file.read_text())
 
 
-def knn(checkpoint: Path, data: Path, k: int = 10) -> float:
-    """kNN accuracy in percent, on the mean patch feature."""
-    command = (
-        f"-m tools.knn --checkpoint {quote(checkpoint)} --data_path {quote(data)} --which mean "
-        f"--k {k} --json"
-    )
-    printed, _ = call(command, checkpoint.parent / "knn.txt")
+def knn(folder: Path, data: Path) -> float:
+    """kNN accuracy of a pre-training run in percent, on the mean patch feature."""
+    command, checkpoint = "-m tools.knn --which mean --k 10 --json", folder / "checkpoint.pth"
+    printed, _ = call(command, folder / "knn.txt", checkpoint=checkpoint, data_path=data)
     return json.loads(printed.splitlines()[-1])["knn"][0]["acc1"]
 
 
-def count_cost(model: torch.nn.Module, size: int, ratios: tuple) -> tuple[float, float]:
+def count_cost(build: Callable[[], torch.nn.Module], size: int, ratios: tuple) -> tuple:
     """(GFLOP of the forward pass of one image, million trainable parameters), on meta."""
-    imgs = torch.empty(1, 3, size, size, device="meta")
-    with torch.no_grad():
-        flops = count_flops(lambda: model.eval()(imgs, *ratios))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return flops / 1e9, trained / 1e6
+    with torch.device("meta"), torch.no_grad():
+        model, imgs = build().eval(), torch.empty(1, 3, size, size)
+        flops = count_flops(lambda: model(imgs, *ratios))
+    return flops / 1e9, sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6

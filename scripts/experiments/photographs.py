@@ -4,13 +4,9 @@
 
 Ten photographs are for pre-training, seven others for the task: classify which of the seven a crop
 is from. Training crops come from the left half of a photograph, validation crops from the right
-half. All are grey, because color alone would identify the photograph.
-
-    OUT_DIR/seen/train/<photograph>/<index>.png     150 crops each, not used in the task
-    OUT_DIR/unseen/train/<photograph>/<index>.png   100 crops each, of the left half
-    OUT_DIR/unseen/val/<photograph>/<index>.png     70 crops each, of the right half
-
-Every call writes the same crops. For the licences of the photographs see both packages
+half. All are grey, because color alone would identify the photograph. Every call writes the same
+crops, OUT_DIR/{seen/train,unseen/train,unseen/val}/<photograph>/<index>.png: 150, 100 and 70 of
+each photograph. For the licences of the photographs see both packages
 (skimage/data/README.txt); none is part of this repository.
 """
 
@@ -24,35 +20,25 @@ from PIL import Image
 
 SIZE = 64
 SIDES = (64, 128)  # of a crop, in pixels of the photograph
-SKLEARN, SKIMAGE = "sklearn/datasets/images", "skimage/data"
-SEEN = {
-    SKIMAGE: "astronaut.png brick.png coffee.png coins.png grass.png moon.png "
-    "motorcycle_left.png retina.jpg rocket.jpg",
-    SKLEARN: "china.jpg",
-}
-UNSEEN = {
-    SKIMAGE: "camera.png chelsea.png gravel.png hubble_deep_field.jpg ihc.png text.png",
-    SKLEARN: "flower.jpg",
-}
+SEEN = (
+    "astronaut.png brick.png coffee.png coins.png grass.png moon.png motorcycle_left.png "
+    "retina.jpg rocket.jpg china.jpg"
+)
+UNSEEN = "camera.png chelsea.png gravel.png hubble_deep_field.jpg ihc.png text.png flower.jpg"
+SKLEARN = ("china.jpg", "flower.jpg")  # the others are part of scikit-image
 
 
-def load_photographs(names: dict[str, str]) -> dict[str, Image.Image]:
-    """{name: grey image}, read from the installed packages without importing them.
+def load_photograph(name: str) -> Image.Image:
+    """Grey image, read from the installed package without importing it.
 
-    Exits if a package is not installed.
+    Exits if the package is not installed.
     """
-    photographs = {}
-    for folder, files in names.items():
-        package = find_spec(folder.split("/")[0])
-        if package is None:
-            sys.exit(
-                f"The photographs in {folder} are missing: run "
-                "`pip install -r scripts/experiments/requirements.txt`."
-            )
-        for name in files.split():
-            path = Path(package.origin).parents[1] / folder / name
-            photographs[path.stem] = Image.open(path).convert("L")
-    return photographs
+    folder = "sklearn/datasets/images" if name in SKLEARN else "skimage/data"
+    package = find_spec(folder.split("/")[0])
+    if package is None:
+        remedy = "run `pip install -r scripts/experiments/requirements.txt`"
+        sys.exit(f"The photographs in {folder} are missing: {remedy}.")
+    return Image.open(Path(package.origin).parents[1] / folder / name).convert("L")
 
 
 def write_crops(photograph: Image.Image, folder: Path, count: int, rng: random.Random) -> None:
@@ -69,14 +55,15 @@ def write_crops(photograph: Image.Image, folder: Path, count: int, rng: random.R
 
 def main(out: Path) -> None:
     rng = random.Random(0)
-    for name, photograph in load_photographs(SEEN).items():
-        write_crops(photograph, out / "seen/train" / name, 150, rng)
-    for name, photograph in load_photographs(UNSEEN).items():
+    for name in SEEN.split():
+        write_crops(load_photograph(name), out / "seen/train" / Path(name).stem, 150, rng)
+    for name in UNSEEN.split():
+        photograph = load_photograph(name)
         width, height = photograph.size
         left = photograph.crop((0, 0, width // 2, height))
         right = photograph.crop((width // 2, 0, width, height))
-        write_crops(left, out / "unseen/train" / name, 100, rng)
-        write_crops(right, out / "unseen/val" / name, 70, rng)
+        write_crops(left, out / "unseen/train" / Path(name).stem, 100, rng)
+        write_crops(right, out / "unseen/val" / Path(name).stem, 70, rng)
     print(f"Wrote {len(list(out.rglob('*.png')))} crops to {out}")
 
 
