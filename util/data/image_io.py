@@ -23,10 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from util.io.errors import BadImage
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-    ".npy",
-)
+EXTENSIONS = (*(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"), ".npy")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others may start other programs
 MAX_ASPECT = 1000  # of the sides: evaluation resizes the short one
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -15,7 +15,6 @@ from util.io.files import atomic_write
 logger = logging.getLogger(__name__)
 
 UNEQUAL = 2  # times as many images in the largest class as in the smallest: worth a note
-
 # file names that are not UTF-8 are written as they are on disk
 NAMES = dict(encoding="utf-8", errors="surrogateescape")
 
@@ -32,8 +31,7 @@ def predict_files(
     """Write a CSV: file, class, probability, then the next most probable classes, up to five.
 
     Args:
-        files: image files; no labels are needed.
-        classes: names by class index, see `name_classes`.
+        classes: names by class index.
         args: in_chans, input_size, mean, std; device, amp, batch_size, num_workers.
     """
     model.eval()
@@ -42,10 +40,7 @@ def predict_files(
     header = ["file", "class", "probability"]
     header += [name for i in range(2, count + 1) for name in (f"class_{i}", f"probability_{i}")]
     names = iter(files)
-    with (
-        atomic_write(out) as tmp_path,
-        open(tmp_path, "w", newline="", **NAMES) as file,
-    ):
+    with atomic_write(out) as tmp_path, open(tmp_path, "w", newline="", **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for logits, _ in run_batches(model, loader, args.device, args.amp, "predict"):
@@ -63,7 +58,7 @@ def count_confusion(
     """Confusion matrix: counts (K, K), rows true, columns predicted.
 
     Args:
-        split: each rank holds its own shard of the images; the counts are summed.
+        split: each rank has its own part of the images; the counts are summed.
     """
     model.eval()
     counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
@@ -105,10 +100,7 @@ def write_report(folder: str | Path, matrix: Tensor, classes: list[str]) -> list
 
 
 def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
-    with (
-        atomic_write(path) as tmp_path,
-        open(tmp_path, "w", newline="", **NAMES) as file,
-    ):
+    with atomic_write(path) as tmp_path, open(tmp_path, "w", newline="", **NAMES) as file:
         csv.writer(file).writerows(rows)
 
 
