@@ -103,7 +103,7 @@ def list_classes(folder: str | Path) -> ImageList:
 
 
 def list_subfolders(folder: str) -> ImageList:
-    """All images below a folder, its subfolders as classes if no image lies in the folder itself."""
+    """All images below a folder; subfolders are classes if the folder itself holds none."""
     paths = list(find_images(folder))
     if not paths:
         raise UserError(
