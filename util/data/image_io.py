@@ -151,10 +151,7 @@ def stack_pages(img: Image.Image) -> np.ndarray:
 
 def to_tensor(array: np.ndarray, in_chans: int) -> Tensor:
     """(H, W, C) or (H, W) -> float32 (C, H, W): uint8 and uint16 scaled to [0, 1] by the dtype's
-    maximum, floats unchanged.
-
-    Raises:
-        ValueError: the array has an invalid shape or dtype, or values that are not finite.
+    maximum, finite floats unchanged; ValueError for any other array.
     """
     if array.ndim == 2:
         array = array[:, :, None]

@@ -25,8 +25,7 @@ def list_images(*sources: str | Path) -> ImageList:
     subfolders only has these subfolders as classes; several sources have none.
 
     Raises:
-        UserError: a source does not exist, cannot be read, holds no image or, as a list, a line
-            that names none.
+        UserError: a source does not exist, holds no image, or cannot be read.
     """
     lists = [list_source(str(source)) for source in sources]
     if len(lists) == 1:
@@ -164,11 +163,7 @@ def check_same_classes(data_path: str, train: list[str], val: list[str]) -> None
 
 
 def find_classes(folder: str | Path) -> list[str]:
-    """Names of the class folders, sorted; hidden ones are ignored.
-
-    Raises:
-        UserError: the folder does not exist, cannot be read or holds no class folder.
-    """
+    """Names of the class folders, sorted, without hidden ones; UserError if there are none."""
     try:
         classes = [entry.name for entry in scan(folder) if is_folder(entry)]
     except OSError as error:

@@ -87,10 +87,8 @@ def run_batches(
 def run_features(
     model: nn.Module, loader, which: str, device, amp: str = "off", title: str = ""
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features of unmasked images and labels (B,), batch by batch.
-
-    Args:
-        which: "cls" or "mean" (B, D), or "patches" (B, L, D) in raster order.
+    """Features of unmasked images and labels (B,), batch by batch: "cls" or "mean" (B, D), or
+    "patches" (B, L, D) in raster order.
     """
     model.eval()
     return run_batches(

@@ -30,9 +30,7 @@ def predict_files(
 ) -> None:
     """Write a CSV: file, class, probability, then the next most probable classes, up to five.
 
-    Args:
-        classes: names by class index.
-        args: in_chans, input_size, mean, std; device, amp, batch_size, num_workers.
+    Of args are used in_chans, input_size, mean, std; device, amp, batch_size, num_workers.
     """
     model.eval()
     loader = build_inference_loader([(file, 0) for file in files], classes, args)
@@ -55,10 +53,8 @@ def predict_files(
 def count_confusion(
     loader, model: nn.Module, num_classes: int, device, amp: str = "auto", split: bool = False
 ) -> Tensor:
-    """Confusion matrix: counts (K, K), rows true, columns predicted.
-
-    Args:
-        split: each rank has its own part of the images; the counts are summed.
+    """Confusion matrix: counts (K, K), rows true, columns predicted; with `split`, summed over the
+    ranks, each of which has its own part of the images.
     """
     model.eval()
     counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
@@ -81,10 +77,8 @@ def report_evaluation(args, model: nn.Module, loader) -> None:
 
 
 def write_report(folder: str | Path, matrix: Tensor, classes: list[str]) -> list[str]:
-    """Write per_class.csv, confusion.csv and confusion.png; returns notes for the user.
-
-    Args:
-        matrix: counts (K, K), rows true, columns predicted.
+    """Write per_class.csv, confusion.csv and confusion.png of count_confusion's matrix; returns
+    notes for the user.
     """
     from util.vis.confusion import draw_confusion  # matplotlib, which training does without
     from util.vis.figures import save_figure
