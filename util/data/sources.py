@@ -163,7 +163,7 @@ def check_same_classes(data_path: str, train: list[str], val: list[str]) -> None
 
 
 def find_classes(folder: str | Path) -> list[str]:
-    """Names of the class folders, sorted, without hidden ones; UserError if there are none."""
+    """Sorted names of the visible class folders; UserError if it is unreadable or has none."""
     try:
         classes = [entry.name for entry in scan(folder) if is_folder(entry)]
     except OSError as error:
