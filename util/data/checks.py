@@ -33,11 +33,7 @@ def check_augmentation(args) -> None:
 
 
 def check_trained_classes(args, checkpoint: dict) -> None:
-    """Compare the classes of a fine-tuned checkpoint with the data's, as far as it names them.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Raises UserError if checkpoint and data have different classes, as far as it names them."""
     names = find_classes(Path(args.data_path, "val"))
     head = checkpoint.get("model", {}).get("head.bias")
     trained_on = checkpoint.get("class_names") or names

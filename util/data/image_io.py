@@ -23,10 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from util.io.errors import BadImage
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-    ".npy",
-)
+EXTENSIONS = tuple(".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .npy".split())
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others may start other programs
 MAX_ASPECT = 1000  # of the sides: evaluation resizes the short one
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -63,24 +60,16 @@ def open_image(path, in_chans: int = 3) -> Image.Image | Tensor:
 
 
 def read_image(path, in_chans: int = 3) -> Tensor:
-    """Read an image as a uint8 tensor (C, H, W); JPEG without Pillow, in half the time.
+    """Read an image with 1, 3 or 4 channels as uint8 (C, H, W); JPEG in half the time.
 
-    The pixels are those of `open_image`.
-
-    Args:
-        in_chans: 1, 3 or 4.
-
-    Raises:
-        BadImage: it is not a readable image; the message names it.
+    The pixels and the errors are those of `open_image`.
     """
     if in_chans in READ_MODES:
         with raising_bad_image(path), open_bytes(path) as file:
             data = file.read() if file.read(3) == JPEG_MAGIC else b""
         with contextlib.suppress(RuntimeError, *DECODE_ERRORS):  # then Pillow decides
-            if (
-                data
-                and (pixels := decode_exactly(bytearray(JPEG_MAGIC + data), in_chans)) is not None
-            ):
+            pixels = decode_exactly(bytearray(JPEG_MAGIC + data), in_chans) if data else None
+            if pixels is not None:
                 return pixels
     return pil_to_tensor(open_image(path, in_chans))
 
@@ -137,12 +126,9 @@ def is_array(path) -> bool:
 
 
 def convert_mode(img: Image.Image, mode: str) -> Image.Image:
-    """The image in this mode.
+    """The image in this mode; raises ValueError for 32 bits per value, whose range is unknown.
 
     16-bit values are divided by 256; Pillow would clip them at 255, to a white image.
-
-    Raises:
-        ValueError: the image has 32 bits per value, whose range is unknown.
     """
     if img.mode.startswith("I;16") or (img.mode == "I" and img.format == "PPM"):  # 0..65535
         img = Image.fromarray((np.asarray(img) >> 8).astype(np.uint8))
@@ -152,10 +138,8 @@ def convert_mode(img: Image.Image, mode: str) -> Image.Image:
 
 
 def stack_pages(img: Image.Image) -> np.ndarray:
-    """All pages of an image file stacked as channels, (H, W, C).
-
-    Raises:
-        ValueError: the pages differ in size, or have a mode without plain values.
+    """All pages of an image file stacked as channels, (H, W, C); ValueError if they differ in size
+    or have a mode without plain values.
     """
     pages = []
     for page in ImageSequence.Iterator(img):
@@ -167,10 +151,7 @@ def stack_pages(img: Image.Image) -> np.ndarray:
 
 def to_tensor(array: np.ndarray, in_chans: int) -> Tensor:
     """(H, W, C) or (H, W) -> float32 (C, H, W): uint8 and uint16 scaled to [0, 1] by the dtype's
-    maximum, floats unchanged.
-
-    Raises:
-        ValueError: the array has an invalid shape or dtype, or values that are not finite.
+    maximum, finite floats unchanged; ValueError for any other array.
     """
     if array.ndim == 2:
         array = array[:, :, None]

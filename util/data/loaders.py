@@ -1,4 +1,4 @@
-"""Batches: the order of an epoch, each rank's shard of it, and the copy to the device.
+"""Batches: the order of an epoch, each rank's part of it, and the copy to the device.
 
 The order of epoch e depends on the seed and e alone.
 
@@ -57,7 +57,7 @@ class TrainBatchSampler(Sampler):
 
 
 class EvalBatchSampler(Sampler):
-    """Batches of (0, image index) in order: every image once, or one rank's shard of them."""
+    """Batches of (0, image index) in order: every image once, or one rank's part of them."""
 
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1):
         self.indices = range(rank, num_images, world_size)
@@ -99,8 +99,7 @@ def collate_or_error(items: list):
 class DeviceLoader:
     """Batches (imgs, labels) on the device; uint8 images are normalized there.
 
-    Raises:
-        UserError: in __iter__, as the dataset raised it, also in a DataLoader worker.
+    A UserError of the dataset is raised unchanged, also from a DataLoader worker.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device, mean, std):
@@ -169,11 +168,7 @@ def build_loader(dataset: Dataset, batch_sampler: Sampler, args) -> DeviceLoader
 
 
 def build_train_loader(dataset: Dataset, args) -> DeviceLoader:
-    """Loader of shuffled batches.
-
-    Raises:
-        UserError: there are fewer images than one optimizer step takes.
-    """
+    """Loader of shuffled batches; UserError if there are fewer images than a step takes."""
     sampler = TrainBatchSampler(len(dataset), args.batch_size, args.seed)
     if len(sampler) < args.accum_iter:
         remedy = "lower --batch_size" if args.accum_iter == 1 else "lower one of them"
@@ -188,6 +183,6 @@ def build_train_loader(dataset: Dataset, args) -> DeviceLoader:
 
 
 def build_eval_loader(dataset: Dataset, args, split: bool) -> DeviceLoader:
-    """Loader of every image once, in order; with `split`, of this rank's shard of them."""
-    shard = (get_rank(), get_world_size()) if split else (0, 1)
-    return build_loader(dataset, EvalBatchSampler(len(dataset), args.batch_size, *shard), args)
+    """Loader of every image once, in order; with `split`, of this rank's part of them."""
+    part = (get_rank(), get_world_size()) if split else (0, 1)
+    return build_loader(dataset, EvalBatchSampler(len(dataset), args.batch_size, *part), args)

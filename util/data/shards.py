@@ -5,7 +5,6 @@ an epoch has every image once in a fully shuffled order, for any number of ranks
 anywhere. Needs uncompressed tar files on a disk.
 """
 
-import contextlib
 import io
 import itertools
 import os
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 
 from util.data.image_io import is_array, is_image_name
-from util.distributed import get_rank, get_world_size
+from util.distributed import all_gather_objects, get_rank, get_world_size
 from util.io.errors import UserError, one_line
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -54,12 +52,8 @@ class ShardSamples(Sequence):
     """(ShardMember, 0) of every image, in the order of the shards; 29 bytes of memory each."""
 
     def __init__(self, paths: list[str], index: np.ndarray):
-        """
-        Args:
-            index: one INDEX_ENTRY per image.
-        """
         self.paths = paths
-        self.index = index
+        self.index = index  # one INDEX_ENTRY per image
 
     def __len__(self) -> int:
         return len(self.index)
@@ -82,9 +76,10 @@ def is_shards(source: str) -> bool:
 
 def list_shards(folder: str | Path) -> list[str]:
     """The tar files in a folder; none where it cannot be read."""
-    names = []
-    with contextlib.suppress(PermissionError):
+    try:
         names = sorted(os.listdir(folder))
+    except PermissionError:
+        return []
     tars = [n for n in names if n.endswith((".tar", *COMPRESSED)) and not n.startswith(".")]
     return [path for path in (os.path.join(folder, n) for n in tars) if os.path.isfile(path)]
 
@@ -93,8 +88,7 @@ def find_shards(source: str) -> list[str]:
     """The shards of a folder or a pattern such as name-{0000..0003}.tar.
 
     Raises:
-        UserError: they are not on a disk, compressed, or of several kinds.
-        UserError: one is missing.
+        UserError: they are not on a disk, compressed, of several kinds, or one is missing.
     """
     if REMOTE.match(source):
         raise UserError(
@@ -122,7 +116,7 @@ def find_shards(source: str) -> list[str]:
 
 
 def expand(pattern: str) -> list[str]:
-    """Expand a brace pattern: {0000..0003} counts, {a,b} lists."""
+    """The paths of a brace pattern: {0000..0003} counts, {a,b} lists."""
     parts = re.split(r"\{([^{}]*)\}", pattern)  # outside, inside, outside, ...
     choices = [expand_braces(part) if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(words) for words in itertools.product(*choices)]
@@ -143,20 +137,15 @@ def read_shards(source: str) -> ShardSamples:
     """All images of the shards; every rank indexes a part of them (a collective call).
 
     Raises:
-        UserError: a shard is damaged; on every rank.
-        UserError: a shard is missing, or none has an image.
+        UserError: a shard is damaged (raised on every rank) or missing, or none has an image.
     """
     paths = find_shards(source)
     own = [try_index(path) for path in paths[get_rank() :: get_world_size()]]
-    parts = [own]
-    if get_world_size() > 1:
-        parts = [None] * get_world_size()
-        dist.all_gather_object(parts, own)
+    parts = all_gather_objects(own)
     indexes = [parts[i % len(parts)][i // len(parts)] for i in range(len(paths))]
-    for path, index in zip(paths, indexes, strict=True):
-        if isinstance(index, str):
-            raise UserError(f"Cannot read the shard {path} ({index}); fetch it again.")
     for shard, index in enumerate(indexes):
+        if isinstance(index, str):
+            raise UserError(f"Cannot read the shard {paths[shard]} ({index}); fetch it again.")
         index["shard"] = shard
     samples = ShardSamples(paths, np.concatenate(indexes))
     if not len(samples):
@@ -177,11 +166,8 @@ def try_index(path: str) -> np.ndarray | str:
 def index_shard(path: str) -> np.ndarray:
     """One INDEX_ENTRY per image of a shard; members in hidden places are skipped.
 
-    Hard links are followed to their bytes. Sparse members, whose bytes are not contiguous, are
-    refused.
-
-    Raises:
-        OSError, tarfile.TarError, and what tarfile raises for invalid headers.
+    Hard links are followed to their bytes. Damaged shards and sparse members, whose bytes are not
+    contiguous, raise tarfile.TarError, OSError or what tarfile raises for invalid headers.
     """
     entries, size = [], os.path.getsize(path)
     with tarfile.open(path, "r:") as tar:

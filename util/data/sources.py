@@ -102,11 +102,7 @@ def list_classes(folder: str | Path) -> ImageList:
 
 
 def list_subfolders(folder: str) -> ImageList:
-    """All images below a folder, with its subfolders as classes if none lies in the folder itself.
-
-    Raises:
-        UserError: there is no image, or a folder cannot be read.
-    """
+    """All images below a folder; subfolders are classes if the folder itself holds none."""
     paths = list(find_images(folder))
     if not paths:
         raise UserError(
@@ -129,11 +125,7 @@ def path_below(path: str, folder: str) -> list[str]:
 
 
 def read_list(path: str | Path) -> ImageList:
-    """Images that a text file lists, one path a line, relative to the file's folder.
-
-    Raises:
-        UserError: the file is not text, is empty, or a line does not name an image.
-    """
+    """Images that a text file lists, one path a line, relative to the file's folder."""
     path = Path(path)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
@@ -171,11 +163,7 @@ def check_same_classes(data_path: str, train: list[str], val: list[str]) -> None
 
 
 def find_classes(folder: str | Path) -> list[str]:
-    """Names of the class folders, sorted; hidden ones are ignored.
-
-    Raises:
-        UserError: the folder does not exist, cannot be read or holds no class folder.
-    """
+    """Sorted names of the visible class folders; UserError if it is unreadable or has none."""
     try:
         classes = [entry.name for entry in scan(folder) if is_folder(entry)]
     except OSError as error:
@@ -192,13 +180,10 @@ def find_classes(folder: str | Path) -> list[str]:
 
 
 def find_images(folder: str | Path) -> Iterator[str]:
-    """Paths of the images below a folder, in a fixed order.
+    """Paths of the images below a folder, in a fixed order; UserError if a folder cannot be read.
 
     Hidden entries, symlink cycles and folders reached a second time are skipped. Dangling symlinks
     are kept: they are images that cannot be read.
-
-    Raises:
-        UserError: a folder cannot be read; the message names it.
     """
     seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
     stack = [str(folder)]
@@ -215,11 +200,7 @@ def find_images(folder: str | Path) -> Iterator[str]:
 
 
 def list_folder(folder: str | Path) -> list[os.DirEntry]:
-    """Entries of a folder by name, without hidden ones.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """Entries of a folder by name, without hidden ones; UserError if it cannot be read."""
     try:
         return scan(folder)
     except OSError as error:

@@ -7,16 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
-from util.data.image_io import (
-    FORMATS,
-    PIL_MODES,
-    describe_error,
-    is_array,
-    open_bytes,
-    open_image,
-    raising_bad_image,
-    read_image,
-)
+from util.data import image_io
 from util.io.errors import BadImage
 
 GREY_MODES = ("1", "L", "I", "F")  # prefixes of Pillow's modes with one channel
@@ -37,14 +28,14 @@ class ImageStats(NamedTuple):
 def inspect(path) -> ImageStats | str:
     """Decode one file or shard member as training does; returns the reason where that fails."""
     try:
-        with raising_bad_image(path), open_bytes(path) as file:
-            file_format, mode, channels = read_header(file, is_array(path))
-        if channels in PIL_MODES and not is_array(path):
-            pixels, scale = read_image(path, channels), 255
+        with image_io.raising_bad_image(path), image_io.open_bytes(path) as file:
+            file_format, mode, channels = read_header(file, image_io.is_array(path))
+        if channels in image_io.PIL_MODES and not image_io.is_array(path):
+            pixels, scale = image_io.read_image(path, channels), 255
         else:
-            pixels, scale = open_image(path, channels), 1
+            pixels, scale = image_io.open_image(path, channels), 1
     except BadImage as error:
-        return describe_error(error.__cause__)
+        return image_io.describe_error(error.__cause__)
     height, width = pixels.shape[1:]
     mean, mean_square = [], []
     for values in (channel.double() / scale for channel in pixels):
@@ -59,7 +50,7 @@ def read_header(file, is_array: bool) -> tuple[str, str, int]:
     if is_array:
         array = np.lib.format.read_array(file)
         return "NPY", str(array.dtype), array.shape[2] if array.ndim == 3 else 1
-    with Image.open(file, formats=FORMATS) as img:
+    with Image.open(file, formats=image_io.FORMATS) as img:
         mode = img.mode
         if img.format == "TIFF" and img.n_frames > 1:
             channels = sum(len(page.getbands()) for page in ImageSequence.Iterator(img))

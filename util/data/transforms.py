@@ -10,11 +10,11 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from util.io.errors import UserError
 
+BICUBIC = T.InterpolationMode.BICUBIC
 CROP_RATIO = 0.875  # center crop to resized short side, up to 224 pixels
 
 
@@ -24,16 +24,8 @@ def build_pretrain_transform(args):
     Random crop of 20-100 % of the area with an aspect ratio of 3/4 to 4/3, resized bicubically;
     random horizontal flip.
     """
-    return T.Compose(
-        [
-            T.RandomResizedCrop(
-                args.input_size, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC
-            ),
-            T.RandomHorizontalFlip(),
-            to_float,
-            T.Normalize(args.mean, args.std),
-        ]
-    )
+    crop = T.RandomResizedCrop(args.input_size, scale=(0.2, 1.0), interpolation=BICUBIC)
+    return T.Compose([crop, T.RandomHorizontalFlip(), to_float, T.Normalize(args.mean, args.std)])
 
 
 def to_float(img) -> Tensor:
@@ -42,10 +34,9 @@ def to_float(img) -> Tensor:
 
 
 def normalize(imgs: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 images (B, C, H, W) -> float32 with the given channel statistics, in one kernel.
+    """uint8 images (B, C, H, W) -> float32 in one kernel.
 
-    Args:
-        mean, std: (1, C, 1, 1), of images in [0, 1].
+    mean and std (1, C, 1, 1) are those of images in [0, 1].
     """
     return torch.addcmul(-mean / std, imgs, 1 / (255 * std))
 
@@ -89,7 +80,7 @@ def build_transform(is_train: bool, args):
     size = args.input_size
     if isinstance(size, int):
         short_side = int(size / CROP_RATIO) if size <= 224 else size
-        resize = T.Resize(short_side, InterpolationMode.BICUBIC)
+        resize = T.Resize(short_side, BICUBIC)
     else:
         resize = ResizeToCover(*(int(side / CROP_RATIO) if side <= 224 else side for side in size))
     return T.Compose([resize, T.CenterCrop(size), to_float, T.Normalize(args.mean, args.std)])
@@ -107,18 +98,10 @@ def build_array_transform(args):
             "--aa and --color_jitter work on 8-bit images, the data are arrays; leave them out "
             "(--aa '')."
         )
-    erasing = RandomErasing(
-        args.reprob, mode=args.remode, max_count=args.recount, num_splits=0, device="cpu"
-    )
-    return T.Compose(
-        [
-            T.RandomResizedCrop(args.input_size, interpolation=InterpolationMode.BICUBIC),
-            T.RandomHorizontalFlip(),
-            to_float,
-            T.Normalize(args.mean, args.std),
-            erasing,
-        ]
-    )
+    crop = T.RandomResizedCrop(args.input_size, interpolation=BICUBIC)
+    normalization = T.Normalize(args.mean, args.std)
+    erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
+    return T.Compose([crop, T.RandomHorizontalFlip(), to_float, normalization, erasing])
 
 
 def posterize(img, bits: int, **_):
@@ -139,4 +122,4 @@ class ResizeToCover:
         _, height, width = TF.get_dimensions(img)
         scale = max(self.height / height, self.width / width)
         size = [max(round(height * scale), self.height), max(round(width * scale), self.width)]
-        return TF.resize(img, size, InterpolationMode.BICUBIC)
+        return TF.resize(img, size, BICUBIC)

@@ -16,8 +16,9 @@ from util.data.loaders import DeviceLoader, build_eval_loader
 from util.data.transforms import build_transform
 from util.datasets import ImageDataset
 from util.distributed import choose_device, is_main_process
-from util.io.errors import UserError
 from util.optim import AMP_TYPES, autocast, choose_amp_dtype
+from util.run.checks import check_ranges
+from util.run.flags import add_flag
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 FEATURES = ("cls", "mean", "patches")
@@ -25,31 +26,15 @@ FEATURES = ("cls", "mean", "patches")
 
 def add_inference_flags(parser, batch_size: int = 64) -> None:
     """Flags of a tool that runs a checkpoint over images."""
-    parser.add_argument(
-        "--checkpoint", required=True, help="of main_pretrain.py or main_finetune.py: file or URL"
-    )
-    parser.add_argument(
-        "--model", help="name of the model, needed only if the checkpoint does not hold it"
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=batch_size,
-        help="images per forward pass (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        default=DEFAULT_WORKERS,
-        help="DataLoader workers (default: %(default)s here)",
-    )
-    parser.add_argument("--device", help="cuda or cpu (default: cuda if available)")
-    parser.add_argument(
-        "--amp",
-        choices=["auto", *AMP_TYPES],
-        default="off",
-        help="autocast dtype; off is float32, for reproducible outputs (default: off)",
-    )
+    flag = partial(add_flag, parser)
+    text = "of main_pretrain.py or main_finetune.py: file or URL"
+    flag("--checkpoint", str, None, text, required=True)
+    flag("--model", str, None, "name of the model, needed only if the checkpoint does not hold it")
+    flag("--batch_size", int, batch_size, "images per forward pass")
+    flag("--num_workers", int, DEFAULT_WORKERS, "DataLoader workers (default: %(default)s here)")
+    flag("--device", str, None, "cuda or cpu (default: cuda if available)")
+    text = "autocast dtype; off is float32, for reproducible outputs"
+    flag("--amp", str, "off", text, choices=["auto", *AMP_TYPES])
 
 
 def set_inference_flags(args, flags) -> None:
@@ -58,10 +43,7 @@ def set_inference_flags(args, flags) -> None:
     Raises:
         UserError: a flag is out of range, or the device does not exist.
     """
-    if flags.batch_size < 1:
-        raise UserError(f"--batch_size is {flags.batch_size}; it must be at least 1.")
-    if flags.num_workers < 0:
-        raise UserError(f"--num_workers is {flags.num_workers}; it must not be negative.")
+    check_ranges(flags, dict(batch_size="[1, inf)", num_workers="[0, inf)"))
     args.device = choose_device(flags.device, local_rank=0)
     args.batch_size, args.num_workers = flags.batch_size, flags.num_workers
     args.amp, args.pin_mem, args.prefetch, args.seed = flags.amp, True, 2, 0
@@ -90,12 +72,9 @@ def build_inference_loader(samples, classes: list[str], args) -> DeviceLoader:
 def run_batches(
     function: Callable[[Tensor], Tensor], loader, device, amp: str = "off", title: str = ""
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield function(imgs) in float32 and labels (B,), batch by batch.
+    """Yield function(imgs) in float32 and labels (B,) for a DeviceLoader's batches.
 
     Shows a progress bar, on a terminal only.
-
-    Args:
-        loader: (imgs, labels) batches on the device, as of a DeviceLoader.
     """
     amp_dtype = choose_amp_dtype(amp, device)
     hidden = None if is_main_process() else True  # None: hidden unless on a terminal
@@ -108,10 +87,8 @@ def run_batches(
 def run_features(
     model: nn.Module, loader, which: str, device, amp: str = "off", title: str = ""
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features of unmasked images and labels (B,), batch by batch.
-
-    Args:
-        which: "cls" or "mean" (B, D), or "patches" (B, L, D) in raster order.
+    """Features of unmasked images and labels (B,), batch by batch: "cls" or "mean" (B, D), or
+    "patches" (B, L, D) in raster order.
     """
     model.eval()
     return run_batches(

@@ -11,8 +11,6 @@ from util.run.output_dir import prepare_output
 
 logger = logging.getLogger(__name__)
 
-RUN_FLAGS = ("device", "amp", "batch_size", "num_workers", "pin_mem", "prefetch")
-
 
 def predict(args) -> None:
     """Write predictions.csv; everything about model and images comes from the checkpoint.
@@ -26,7 +24,7 @@ def predict(args) -> None:
             f"{args.resume} is a pre-training checkpoint, which has no classes; --predict needs a "
             "fine-tuned one."
         )
-    for name in RUN_FLAGS:
+    for name in ("device", "amp", "batch_size", "num_workers", "pin_mem", "prefetch"):
         setattr(trained, name, getattr(args, name))
     prepare_output(args)
     files = [file for file, _ in list_images(args.predict).samples]  # shards: on every rank

@@ -15,7 +15,6 @@ from util.io.files import atomic_write
 logger = logging.getLogger(__name__)
 
 UNEQUAL = 2  # times as many images in the largest class as in the smallest: worth a note
-
 # file names that are not UTF-8 are written as they are on disk
 NAMES = dict(encoding="utf-8", errors="surrogateescape")
 
@@ -31,10 +30,7 @@ def predict_files(
 ) -> None:
     """Write a CSV: file, class, probability, then the next most probable classes, up to five.
 
-    Args:
-        files: image files; no labels are needed.
-        classes: names by class index, see `name_classes`.
-        args: in_chans, input_size, mean, std; device, amp, batch_size, num_workers.
+    Of args are used in_chans, input_size, mean, std; device, amp, batch_size, num_workers.
     """
     model.eval()
     loader = build_inference_loader([(file, 0) for file in files], classes, args)
@@ -42,10 +38,7 @@ def predict_files(
     header = ["file", "class", "probability"]
     header += [name for i in range(2, count + 1) for name in (f"class_{i}", f"probability_{i}")]
     names = iter(files)
-    with (
-        atomic_write(out) as tmp_path,
-        open(tmp_path, "w", newline="", **NAMES) as file,
-    ):
+    with atomic_write(out) as tmp_path, open(tmp_path, "w", newline="", **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for logits, _ in run_batches(model, loader, args.device, args.amp, "predict"):
@@ -60,10 +53,8 @@ def predict_files(
 def count_confusion(
     loader, model: nn.Module, num_classes: int, device, amp: str = "auto", split: bool = False
 ) -> Tensor:
-    """Confusion matrix: counts (K, K), rows true, columns predicted.
-
-    Args:
-        split: each rank holds its own shard of the images; the counts are summed.
+    """Confusion matrix: counts (K, K), rows true, columns predicted; with `split`, summed over the
+    ranks, each of which has its own part of the images.
     """
     model.eval()
     counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
@@ -86,10 +77,8 @@ def report_evaluation(args, model: nn.Module, loader) -> None:
 
 
 def write_report(folder: str | Path, matrix: Tensor, classes: list[str]) -> list[str]:
-    """Write per_class.csv, confusion.csv and confusion.png; returns notes for the user.
-
-    Args:
-        matrix: counts (K, K), rows true, columns predicted.
+    """Write per_class.csv, confusion.csv and confusion.png of count_confusion's matrix; returns
+    notes for the user.
     """
     from util.vis.confusion import draw_confusion  # matplotlib, which training does without
     from util.vis.figures import save_figure
@@ -105,10 +94,7 @@ def write_report(folder: str | Path, matrix: Tensor, classes: list[str]) -> list
 
 
 def write_csv(path: Path, rows: Iterable[Sequence]) -> None:
-    with (
-        atomic_write(path) as tmp_path,
-        open(tmp_path, "w", newline="", **NAMES) as file,
-    ):
+    with atomic_write(path) as tmp_path, open(tmp_path, "w", newline="", **NAMES) as file:
         csv.writer(file).writerows(rows)
 
 

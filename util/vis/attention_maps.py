@@ -87,12 +87,7 @@ def catch_outputs(modules: Sequence[nn.Module]):
 
 
 def attention_weights(layer: nn.Module, outputs: dict[nn.Module, Tensor], is_cross: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)), written out: (B, H, N, M).
-
-    Args:
-        layer: util.layers.blocks.CrossAttention if is_cross, else Attention.
-        outputs: of its projections.
-    """
+    """softmax(q k^T / sqrt(d)) from the outputs of the layer's projections: (B, H, N, M)."""
     if is_cross:
         q = outputs[layer.q].unflatten(2, (layer.num_heads, -1))
         k, _ = outputs[layer.kv].unflatten(2, (2, layer.num_heads, -1)).unbind(2)
@@ -121,14 +116,9 @@ def draw_attention(
 ) -> Figure:
     """Attention of predicted patches: one row per patch, one column per decoder block.
 
-    Above the rows, the fraction of attention that goes to each of READ.
-
-    Args:
-        num_patches: predicted patches of each image, spread evenly over its raster order.
-        others: as for util.vis.reconstruction.draw_reconstructions.
-
-    Raises:
-        UserError: as there.
+    Above the rows, the fraction of attention that goes to each of READ. Arguments and errors are
+    those of util.vis.reconstruction.draw_reconstructions; num_patches predicted patches of each
+    image are drawn, spread evenly over its raster order.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
     pixels = figures.to_rgb(imgs, args.mean, args.std)
@@ -155,19 +145,16 @@ def draw_attention(
                 add_maps(figure, image, maps[:, i, query], place, side, top)
                 top += grid[0] * side + LINE  # room for the labels of the colour bars
         top += 2 * GAP
-    return figures.fit(figure, " ".join([caption, *notes(model)]).strip())
+    return figures.fit(figure, caption, *notes(model))
 
 
 def add_summary(
     figure: Figure, attention: DecoderAttention, mask_ratio: float, pitch: int, top: int
 ) -> int:
-    """The fraction of attention that goes to each of READ, as a heat map above the maps.
+    """Draw the fraction of attention that goes to each of READ as a heat map above the maps.
 
-    Args:
-        pitch: pixels from one column of maps to the next; column 0 is that of the image.
-
-    Returns:
-        The top of the first row of maps.
+    pitch is the pixels from one column of maps to the next; column 0 is that of the image. Returns
+    the top of the first row of maps.
     """
     mass = attention.mass.cpu()
     num_blocks, height = mass.shape[1], 3 * LINE // 2
@@ -188,13 +175,10 @@ def add_summary(
 def add_maps(
     figure: Figure, image: np.ndarray, maps: np.ndarray, query: tuple[int, int], side: int, top: int
 ) -> None:
-    """One row: a masked image and what one of its patches attends to, with a colour bar.
+    """One row: a masked image (H, W, 3) and what one of its patches attends to, with a colour bar.
 
-    Args:
-        image: (H, W, 3).
-        maps: (J, rows, columns) of patches, NaN if not readable.
-        query: row and column of the patch, which is framed.
-        side: pixels of a patch.
+    maps are (J, rows, columns) of patches, NaN if not readable; query is the row and column of the
+    framed patch, side the pixels of a patch.
     """
     rows, columns = maps.shape[1:]
     size = columns * side, rows * side

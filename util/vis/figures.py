@@ -77,10 +77,10 @@ def add_colorbar(figure: Figure, image, left: int, top: int, height: int, label:
     bar.outline.set_linewidth(FRAME_WIDTH)
 
 
-def fit(figure: Figure, caption: str = "") -> Figure:
-    """Put the caption below everything, and a margin of GAP around it; the figure itself."""
+def fit(figure: Figure, *captions: str) -> Figure:
+    """The figure with the captions below everything and a margin of GAP around it."""
     left, top, right, bottom = content_box(figure)
-    if caption:
+    if caption := " ".join(captions).strip():
         add_text(figure, caption, left, bottom + 2 * GAP, right - left)
         left, top, right, bottom = content_box(figure)
     width, height = right - left + 2 * GAP, bottom - top + 2 * GAP
@@ -119,8 +119,7 @@ def add_heat_map(
     Args:
         names: of the rows and of the columns; None: ticks by index.
         label: of the colour bar.
-        texts: (rows, columns) of what to write into the cells, left out if the longest does not
-            fit.
+        texts: (rows, columns) to write into the cells, left out if the longest does not fit.
         kwargs: cmap, vmin and vmax, as for imshow.
     """
     height, width = values.shape[0] * cell_height, values.shape[1] * cell_width
@@ -168,9 +167,7 @@ def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndar
     1 or 2 channels: the first, as grey; more than 3: the first three.
     """
     shown = 3 if imgs.shape[1] >= 3 else 1
-    mean, std = (
-        torch.tensor(values[:shown], device=imgs.device).view(-1, 1, 1) for values in (mean, std)
-    )
+    mean, std = (torch.tensor(x[:shown], device=imgs.device).view(-1, 1, 1) for x in (mean, std))
     pixels = (imgs[:, :shown].float() * std + mean).clamp(0, 1) * 255
     pixels = pixels.round().to(torch.uint8).expand(-1, 3, -1, -1)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
@@ -183,11 +180,7 @@ def check_format(path: str | Path) -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write the figure in the format of the suffix; equal figures give equal files.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write the figure in the format of the suffix; equal figures give equal files."""
     suffix = Path(path).suffix.lower()
     settings = {"savefig.bbox": None, "svg.hashsalt": "figure", "pdf.fonttype": 42}
     with matplotlib.rc_context(settings), atomic_write(path) as tmp_path:

@@ -8,6 +8,8 @@ import logging
 import torch
 from torch import Tensor
 
+from util.data.sources import evenly_spaced
+
 logger = logging.getLogger(__name__)
 
 FIGURES_PER_RUN = 20  # about how often a run draws
@@ -24,14 +26,10 @@ class ImageLog:
         """
         self.args = args
         self.writer = writer if args.log_images else None
-        self.imgs = self.pick(loader) if self.writer else None
-
-    def pick(self, loader) -> Tensor:
-        """Images (N, C, H, W) spread evenly over the data set, as the model gets them."""
-        total = len(loader.dataset)
-        count = min(self.args.log_images, total)
-        items = [loader.dataset[0, i * total // count][0] for i in range(count)]
-        return loader.prepare(torch.stack(items))
+        if self.writer:
+            indices = evenly_spaced(range(len(loader.dataset)), args.log_images)
+            imgs = torch.stack([loader.dataset[0, index][0] for index in indices])
+            self.imgs = loader.prepare(imgs)  # (N, C, H, W), as the model gets them
 
     def show(self, model, epoch: int) -> None:
         """Draw what the model predicts after this epoch, about FIGURES_PER_RUN times per run.

@@ -62,16 +62,11 @@ def reconstruct(
 def reconstruction_columns(
     imgs: Tensor, result: Reconstruction, grid: tuple[int, int], mean, std
 ) -> np.ndarray:
-    """The images of COLUMNS, uint8 (4, B, H, W, 3).
-
-    Args:
-        grid: (rows, columns) of patches.
-    """
+    """The images of COLUMNS, uint8 (4, B, H, W, 3); grid is (rows, columns) of patches."""
     original, predicted = (figures.to_rgb(x, mean, std) for x in (imgs, result.pixels))
     side = original.shape[1] // grid[0]
-    visible, is_predicted = (
-        patch_area(x, grid, side)[..., None] for x in (result.visible, result.predicted)
-    )
+    visible = patch_area(result.visible, grid, side)[..., None]
+    is_predicted = patch_area(result.predicted, grid, side)[..., None]
     filled = np.where(is_predicted, predicted, np.uint8(UNPREDICTED))
     masked = np.where(visible, original, np.uint8(GREY))
     alone = np.where(visible, np.uint8(GREY), filled)
@@ -111,7 +106,8 @@ def draw_reconstructions(
         UserError: the ratios do not fit together, or the model ignores kept_mask_ratio.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
-    height, width = (side * enlargement(*imgs.shape[2:]) for side in imgs.shape[2:])
+    enlargement = max(1, round(TILE_SIDE / max(imgs.shape[2:])))  # of small images
+    height, width = (side * enlargement for side in imgs.shape[2:])
     pitch = max(width, COLUMN_WIDTH) + GAP
     figure, top, is_partial = figures.new_figure(), 0, False
     for mask_ratio in mask_ratios or [args.mask_ratio]:
@@ -122,22 +118,14 @@ def draw_reconstructions(
         for j, title in enumerate(COLUMNS):
             figures.add_text(figure, title, j * pitch, top + (1 - title.count("\n")) * LINE)
         top += 2 * LINE + GAP // 2
-        columns = reconstruction_columns(
-            imgs, result, model.patch_embed.grid_size, args.mean, args.std
-        )
+        grid = model.patch_embed.grid_size
+        columns = reconstruction_columns(imgs, result, grid, args.mean, args.std)
         for row in columns.swapaxes(0, 1):
             for j, image in enumerate(row):
                 figures.add_image(figure, image, j * pitch, top, width, height)
             top += height + GAP
         top += GAP
-    return figures.fit(
-        figure, " ".join([caption, *notes(model, imgs.shape[1], is_partial)]).strip()
-    )
-
-
-def enlargement(height: int, width: int) -> int:
-    """The integer factor that makes a small image visible; 1 for one that is large enough."""
-    return max(1, round(TILE_SIDE / max(height, width)))
+    return figures.fit(figure, caption, *notes(model, imgs.shape[1], is_partial))
 
 
 def describe(result: Reconstruction, mask_ratio: float) -> str:
@@ -170,11 +158,7 @@ def notes(model: nn.Module, num_channels: int, is_partial: bool) -> list[str]:
 def choose_kept_mask_ratio(
     model: nn.Module, args, mask_ratio: float, kept_mask_ratio: float | None
 ) -> float:
-    """The kept_mask_ratio to draw with.
-
-    Raises:
-        UserError: one is given, but the model predicts every masked patch.
-    """
+    """The kept_mask_ratio to draw with; UserError if one is given for an MAE."""
     if model.kind == "mae":
         if kept_mask_ratio is not None:
             raise UserError(
@@ -190,28 +174,23 @@ def choose_kept_mask_ratio(
 
 
 def draw_feature_map_weights(model: nn.Module, caption: str = "") -> Figure:
-    """The learned weights of the encoder's feature maps, a heat map of J decoder blocks x K maps.
-
-    Raises:
-        UserError: the model has none.
+    """The learned weights of the encoder's feature maps, a heat map of J decoder blocks x K maps;
+    UserError if the model has none.
     """
     if model.kind != "crossmae" or not model.weight_fm:
         raise UserError(
-            "This model does not weight feature maps: only a CrossMAE trained with --weight_fm "
-            "does."
+            "This model does not weight feature maps; give a CrossMAE trained with --weight_fm."
         )
     weights = model.wfm.linear.weight.detach().float().cpu().numpy()
     maps = ["0"] * model.use_input + [str(i + 1) for i in model.use_fm]
     limit = np.abs(weights).max() or 1.0
-    cell = (
-        max(DPI // 6, min(DPI // 3, int(6.5 * DPI / len(maps)))),
-        max(DPI // 5, DPI // len(weights)),
-    )
+    width = max(DPI // 6, min(DPI // 3, int(6.5 * DPI / len(maps))))  # of a cell
+    height = max(DPI // 5, DPI // len(weights))
     texts = np.char.replace(np.char.mod("%.2f", weights.round(2) + 0.0), "-", "\N{MINUS SIGN}")
     names = [str(j + 1) for j in range(len(weights))], maps
     options = dict(cmap="RdBu_r", vmin=-limit, vmax=limit, texts=texts, text_size=6)
     figure = figures.new_figure()
-    axes = figures.add_heat_map(figure, weights, 0, 0, *cell, names, "weight", **options)
+    axes = figures.add_heat_map(figure, weights, 0, 0, width, height, names, "weight", **options)
     axes.set_xlabel("encoder block" + " (0: its input tokens)" * model.use_input)
     axes.set_ylabel("decoder block")
     return figures.fit(figure, caption)
