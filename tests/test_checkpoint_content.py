@@ -36,7 +36,7 @@ WRONG = [
     *(("args.input_size", value) for value in ("32", 10**9, -32, [32, 32, 32], 1.5)),
     *(("args.patch_size", value) for value in (0, "16")),
     *(("args.drop_path", value) for value in ("x", 1.0, -0.1, float("nan"))),
-    ("args.mean", "grey"),
+    ("args.mean", "gray"),
     ("args.weight_fm", 3),
     ("args.model", 7),
 ]

@@ -64,7 +64,7 @@ def test_formats_and_unreadable_files(capsys, tmp_path):
     write(tmp_path, "photo.jpg", seed=1)
     write(tmp_path, "really_png.png", seed=2)
     (tmp_path / "really_png.png").rename(tmp_path / "wrong_name.jpg")
-    write(tmp_path, "grey.png", mode="L")
+    write(tmp_path, "gray.png", mode="L")
     Image.new("P", (40, 40)).save(tmp_path / "palette.png")
     (tmp_path / "empty.jpg").touch()
     whole = (tmp_path / "photo.jpg").read_bytes()
@@ -103,7 +103,7 @@ def test_arrays_and_pages(capsys, tmp_path):
     assert command[command.index("--in_chans") + 1] == "13"
 
 
-def test_three_channels_in_arrays_need_no_colour_augmentation(capsys, tmp_path):
+def test_three_channels_in_arrays_need_no_color_augmentation(capsys, tmp_path):
     for name in ("train/a/0", "train/b/0", "val/a/0", "val/b/0"):
         write(tmp_path, f"{name}.png")
         array = np.random.RandomState(0).rand(40, 40, 3).astype(np.float32)
@@ -117,7 +117,7 @@ def test_sixteen_bits(capsys, tmp_path):
     Image.fromarray(deep).save(tmp_path / "a.png")
     text = stats(capsys, tmp_path)
     assert line(text, "mean") == f"{((deep >> 8) / 255).mean():.4f}"
-    assert "of 16-bit grey only the upper 8 bits are read" in text
+    assert "of 16-bit gray only the upper 8 bits are read" in text
 
 
 def test_lists_and_shards(capsys, tmp_path):
@@ -170,11 +170,11 @@ def test_limit(capsys, tmp_path, monkeypatch):
     assert line(text, "opened").startswith("4 of them, evenly spaced")
 
 
-def test_grey_images_are_noticed(capsys, tmp_path):
-    grey = np.random.RandomState(0).randint(0, 256, (40, 40), dtype=np.uint8)
-    Image.fromarray(grey).convert("RGB").save(tmp_path / "a.png")
+def test_gray_images_are_noticed(capsys, tmp_path):
+    gray = np.random.RandomState(0).randint(0, 256, (40, 40), dtype=np.uint8)
+    Image.fromarray(gray).convert("RGB").save(tmp_path / "a.png")
     text = stats(capsys, tmp_path)
-    assert "every image is grey: --in_chans 1" in text
+    assert "every image is gray: --in_chans 1" in text
     assert len(commands(text)[0][commands(text)[0].index("--mean") :]) > 1
 
 

@@ -49,7 +49,7 @@ def seed_everything(seed: int) -> None:
 
 @pytest.mark.parametrize("case", CASE["eval"], ids=lambda p: str(p["input_size"]))
 def test_evaluation_transform(case):
-    """Short side to size / 0.875 up to 224 pixels, to size above; centre crop; normalised."""
+    """Short side to size / 0.875 up to 224 pixels, to size above; center crop; normalized."""
     image = stored_image(f"image_{case['index']}")
     out = build_transform(False, settings(input_size=case["input_size"]))(image)
     assert out.dtype == torch.float32 and list(out.shape) == case["out_shape"]

@@ -21,7 +21,7 @@ def make_args(**changes) -> Namespace:
 
 
 def prepared(path, mean=ARGS["mean"], std=ARGS["std"]) -> torch.Tensor:
-    """An image by the recipe in Pillow and numpy: short side 36, middle 32 x 32, normalised."""
+    """An image by the recipe in Pillow and numpy: short side 36, middle 32 x 32, normalized."""
     with Image.open(path) as image:
         image = image.convert("RGB")
     width, height = image.size
@@ -65,7 +65,7 @@ def test_features_are_those_of_timm(image_folder, tiny_vit, which):
     with torch.no_grad():
         tokens = timm_model.forward_features(torch.stack([prepared(file) for file in files]))
     expected = dict(cls=tokens[:, 0], patches=tokens[:, 1:], mean=tokens[:, 1:].mean(dim=1))
-    # 8-bit rounding of the resize is the same; float32 normalisation is not quite.
+    # 8-bit rounding of the resize is the same; float32 normalization is not quite.
     torch.testing.assert_close(features, expected[which], rtol=1e-4, atol=1e-4)
     assert labels.tolist() == list(range(8))
 

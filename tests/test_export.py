@@ -30,7 +30,7 @@ from util.data.transforms import build_transform
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 CLASSES = ["ant", "bee", "cat", "dog", "elk"]
-KINDS = ("cross", "mae", "vit_mean", "vit_cls", "vit_nonsquare", "vit_grey")
+KINDS = ("cross", "mae", "vit_mean", "vit_cls", "vit_nonsquare", "vit_gray")
 needs_onnx = pytest.mark.skipif(
     not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="the optional packages onnx, onnxscript and onnxruntime are not installed",
@@ -56,7 +56,7 @@ def save(tmp_path, tiny_cross, tiny_mae, tiny_vit, monkeypatch):
             model = tiny_mae()
         else:
             size = (32, 64) if kind == "vit_nonsquare" else 32
-            chans = 1 if kind == "vit_grey" else 3
+            chans = 1 if kind == "vit_gray" else 3
             model = tiny_vit(img_size=size, in_chans=chans, global_pool=kind != "vit_cls")
             args = dict(model="vit_tiny", in_chans=chans, mean=MEAN[:chans], std=STD[:chans])
         random = torch.Generator().manual_seed(1)

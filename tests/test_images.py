@@ -110,12 +110,12 @@ UNUSUAL = {
     "jpeg_named.png": lambda: encode(make_image(), "JPEG"),
     "webp_named.jpeg": lambda: encode(make_image(), "WEBP", lossless=True),
     "cmyk.jpg": lambda: encode(make_image().convert("CMYK"), "JPEG"),
-    "grey.jpg": lambda: encode(make_image().convert("L"), "JPEG"),
+    "gray.jpg": lambda: encode(make_image().convert("L"), "JPEG"),
     "progressive.jpg": lambda: encode(make_image(), "JPEG", progressive=True),
     "palette.png": lambda: encode(make_image().quantize(16), "PNG", transparency=3),
     "transparent.png": lambda: encode(make_image().convert("RGBA"), "PNG"),
-    "grey_alpha.png": lambda: encode(make_image().convert("LA"), "PNG"),
-    "two_colours.png": lambda: encode(make_image().convert("1"), "PNG"),
+    "gray_alpha.png": lambda: encode(make_image().convert("LA"), "PNG"),
+    "two_colors.png": lambda: encode(make_image().convert("1"), "PNG"),
     "rotated.jpg": rotated,
     "one_pixel.png": lambda: encode(make_image(1, 1), "PNG"),
     "one_pixel.jpg": lambda: encode(make_image(1, 1), "JPEG"),
@@ -144,7 +144,7 @@ def test_unusual_images_have_pillows_pixels(name, tmp_path):
 @pytest.mark.parametrize("in_chans, mode", [(1, "L"), (4, "RGBA")])
 def test_other_numbers_of_channels(in_chans, mode, tmp_path):
     """What Pillow converts to."""
-    for name in ("jpeg_named.png", "grey.jpg", "transparent.png", "palette.png"):
+    for name in ("jpeg_named.png", "gray.jpg", "transparent.png", "palette.png"):
         (tmp_path / name).write_bytes(UNUSUAL[name]())
         with Image.open(tmp_path / name) as image:
             expected = np.array(image.convert(mode)).reshape(image.height, image.width, in_chans)
@@ -221,7 +221,7 @@ def photographs(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("in_chans", [3, 1])
 def test_fast_pipeline_equals_the_recipe_on_photographs(in_chans, tmp_path, monkeypatch):
-    """Same crop boxes and flips; mean difference 0.1 grey levels, mean PSNR 65 dB."""
+    """Same crop boxes and flips; mean difference 0.1 gray levels, mean PSNR 65 dB."""
     boxes = []
     get_params = transforms.RandomResizedCrop.get_params
 
@@ -250,7 +250,7 @@ def test_fast_pipeline_equals_the_recipe_on_photographs(in_chans, tmp_path, monk
 
 
 def test_normalize_equals_the_recipe():
-    """uint8 on the device against ToTensor and Normalize, on all grey levels."""
+    """uint8 on the device against ToTensor and Normalize, on all gray levels."""
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([pixels, pixels.T, pixels[::-1]], axis=2))
     recipe = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])

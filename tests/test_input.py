@@ -35,7 +35,7 @@ def stored_input(path) -> tuple:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, image_folder):
-    """A grey, oblong pre-training run with its own statistics, and a fine-tuning run after it."""
+    """A gray, oblong pre-training run with its own statistics, and a fine-tuning run after it."""
     folder = tmp_path_factory.mktemp("input")
     pretrain(*INPUT, "--data_path", image_folder, "--output_dir", folder / "pre")
     source = ["--finetune", folder / "pre/checkpoint.pth", "--data_path", image_folder]

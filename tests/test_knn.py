@@ -99,15 +99,15 @@ def test_too_many_neighbors(caplog):
 
 
 def write_data(folder: Path, splits: dict[str, list[str]], count: int = 4) -> None:
-    """Images that even an untrained network tells apart: each class of another colour."""
-    colours = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230)}
+    """Images that even an untrained network tells apart: each class of another color."""
+    colors = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230)}
     random = np.random.RandomState(0)
     for split, classes in splits.items():
         for name in classes:
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 noise = random.randint(-20, 20, (40, 36, 3))
-                pixels = np.clip(np.array(colours[name]) + noise, 0, 255).astype(np.uint8)
+                pixels = np.clip(np.array(colors[name]) + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
 
 

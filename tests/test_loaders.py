@@ -39,14 +39,14 @@ def settings(folder, **changes) -> Namespace:
 
 @pytest.fixture
 def image_dir(tmp_path):
-    """A flat folder of 24 images, 00.png ... 23.png, image i of the grey level 10 i."""
+    """A flat folder of 24 images, 00.png ... 23.png, image i of the gray level 10 i."""
     for index in range(24):
         Image.new("RGB", (40, 40), (10 * index,) * 3).save(tmp_path / f"{index:02d}.png")
     return tmp_path
 
 
 def indices_in(batches) -> list[int]:
-    """Image indices, from the grey levels of normalized batches."""
+    """Image indices, from the gray levels of normalized batches."""
     imgs = torch.cat([imgs for imgs, _ in batches])
     return ((imgs[:, 0, 0, 0] * STD[0] + MEAN[0]) * 25.5).round().int().tolist()
 

@@ -113,15 +113,15 @@ def bands(path: Path, seed: int, dtype: str) -> None:
 
 
 def pages(path: Path, seed: int) -> None:
-    """A TIFF of five grey pages with 16 bits."""
+    """A TIFF of five gray pages with 16 bits."""
     values = np.random.RandomState(seed).randint(0, 65536, (5, 40, 36)).astype(np.uint16)
     first, *others = (Image.fromarray(page) for page in values)
     first.save(path, save_all=True, append_images=others)
 
 
 KINDS = {
-    "grey": (1, ".png", lambda path, seed: save(path, "L", seed)),
-    "colour": (3, ".jpg", lambda path, seed: save(path, "RGB", seed)),
+    "gray": (1, ".png", lambda path, seed: save(path, "L", seed)),
+    "color": (3, ".jpg", lambda path, seed: save(path, "RGB", seed)),
     "transparent": (4, ".png", lambda path, seed: save(path, "RGBA", seed)),
     "bands_8_bit": (13, ".npy", lambda path, seed: bands(path, seed, "u1")),
     "bands_16_bit": (13, ".npy", lambda path, seed: bands(path, seed, "u2")),
@@ -164,7 +164,7 @@ def test_arrays_have_the_crops_of_images(tmp_path):
         datasets.append(build_pretrain_dataset(args))
     for epoch in range(6):
         image, array = (dataset[epoch, 0][0] for dataset in datasets)
-        assert (image - array).abs().mean() < 1 / 127.5  # half a grey level of 255
+        assert (image - array).abs().mean() < 1 / 127.5  # half a gray level of 255
 
 
 def test_fine_tuning_on_arrays(capsys, tmp_path):
@@ -179,7 +179,7 @@ def test_fine_tuning_on_arrays(capsys, tmp_path):
     assert "4 training and 4 validation images of 2 classes" in text and "* Acc@1" in text
 
 
-def test_colour_augmentation_is_not_for_arrays(tmp_path):
+def test_color_augmentation_is_not_for_arrays(tmp_path):
     (tmp_path / "train/a").mkdir(parents=True)
     np.save(tmp_path / "train/a/0.npy", np.zeros((8, 8, 3), np.uint8))
     args = main_finetune.get_args_parser().parse_args(["--data_path", str(tmp_path)])

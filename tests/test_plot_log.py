@@ -86,7 +86,7 @@ def labels_of(figure) -> list[str]:
 
 
 def test_curves_labels_and_colors(tmp_path, figures):
-    """A panel per key with the logged points; a run has one colour and one name everywhere."""
+    """A panel per key with the logged points; a run has one color and one name everywhere."""
     points = [{"train_loss": 3 - i, "test_acc1": 20.0 * i, "epoch": i} for i in range(3)]
     first, second = (write_log(tmp_path / name, points[: 3 - i]) for i, name in enumerate("a_"))
     draw("x.png", first, second, "--caption", "Mine.")

@@ -110,7 +110,7 @@ def test_colors_are_fractions_of_the_row():
 
 @pytest.mark.parametrize("num_classes", [1, 2, 10, 24, 60, 100, 300, 1000])
 def test_matrix_of_any_size_is_drawn(num_classes):
-    """Every cell is a square of whole pixels in the colour of its fraction; the rest is legible."""
+    """Every cell is a square of whole pixels in the color of its fraction; the rest is legible."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randint(0, 9, (num_classes, num_classes), generator=generator)
     matrix += 50 * torch.eye(num_classes, dtype=torch.int64)

@@ -50,7 +50,7 @@ ANSWERS = {
         "test_checkpoint.py::test_supported_formats_load",
         "test_checkpoint.py::test_malicious_file_is_refused",
     ],
-    "channels and normalisation": [
+    "channels and normalization": [
         "test_reference.py::test_other_sizes_and_channels_match_reference"
     ],
     "sizes that are not square": [

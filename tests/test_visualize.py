@@ -36,7 +36,7 @@ from util.vis.figures import (
 from util.vis.image_log import ImageLog
 from util.vis.reconstruction import (
     COLUMNS,
-    GREY,
+    GRAY,
     UNPREDICTED,
     draw_feature_map_weights,
     draw_noise,
@@ -119,14 +119,14 @@ def test_a_perfect_prediction_restores_the_image(build, norm_pix_loss, size):
             zip(*(blocks_of(x[i], 8) for x in (pixels, masked, predicted)), strict=True)
         ):
             if patch in visible:
-                assert np.array_equal(seen, whole) and (guess == GREY).all()
+                assert np.array_equal(seen, whole) and (guess == GRAY).all()
             else:
-                assert (seen == GREY).all()
+                assert (seen == GRAY).all()
                 assert np.abs(guess.astype(int) - whole.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_unpredicted_patches_have_a_grey_of_their_own(tiny_cross, norm_pix_loss):
+def test_unpredicted_patches_have_a_gray_of_their_own(tiny_cross, norm_pix_loss):
     """16 patches, ratios 0.75 / 0.25: 4 visible, 4 predicted, 8 neither."""
     model = tiny_cross(norm_pix_loss=norm_pix_loss)
     pixels = draw_pixels((32, 32))
@@ -142,9 +142,9 @@ def test_unpredicted_patches_have_a_grey_of_their_own(tiny_cross, norm_pix_loss)
             if patch in visible | wanted:
                 assert np.abs(filled.astype(int) - whole[patch].astype(int)).max() <= 1
             else:
-                assert (seen == GREY).all()
+                assert (seen == GRAY).all()
                 assert (guess == UNPREDICTED).all() and (filled == UNPREDICTED).all()
-    assert abs(UNPREDICTED - GREY) > 50
+    assert abs(UNPREDICTED - GRAY) > 50
 
 
 @pytest.mark.parametrize(
@@ -272,13 +272,13 @@ def test_captions(tiny_cross):
     text = texts_of(draw_reconstructions(model, imgs, options_of()))
     assert all(title.replace("\n", " ") in text for title in COLUMNS)
     assert "mean and contrast" not in text and "not predicted" not in text
-    assert text.endswith("Grey: masked patches and, beside the prediction, the visible ones.")
+    assert text.endswith("Gray: masked patches and, beside the prediction, the visible ones.")
     model.norm_pix_loss = True
     figure = draw_reconstructions(model, imgs, options_of(), None, 0.25, caption="Mine, $5 to $6.")
     text = texts_of(figure)
     assert "norm_pix_loss" in text and "mean and contrast of each patch are taken from" in text
     assert "4 of 16 patches visible, 4 predicted" in text
-    assert r"Mine, \$5 to \$6. Grey: " in text and "Light grey: masked patches that are not" in text
+    assert r"Mine, \$5 to \$6. Gray: " in text and "Light gray: masked patches that are not" in text
 
 
 def test_predicted_fraction_follows_the_checkpoint(tiny_cross):
@@ -395,7 +395,7 @@ def test_mass_is_the_sum_over_its_patches(tiny_mae):
 
 
 def test_attention_figure(build):
-    """Each map, its colour limits, its frame and the summary against read_attention."""
+    """Each map, its color limits, its frame and the summary against read_attention."""
     model = build()
     is_cross = model.kind == "crossmae"
     imgs = normalize(draw_pixels((32, 32)))
@@ -426,7 +426,7 @@ def test_attention_figure(build):
                 row, column = divmod(expected.ids_pred[i, place].item(), 4)
                 assert ((frame.p0 + frame.p1) / 2).tolist() == pytest.approx([column, row])
     assert ("does not attend to" in texts_of(figure)) == is_cross
-    assert COLORS.get_bad()[:3] == pytest.approx([GREY / 255] * 3)
+    assert COLORS.get_bad()[:3] == pytest.approx([GRAY / 255] * 3)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -444,7 +444,7 @@ def test_attention_figure_of_many_blocks(tiny_cross, size):
 
 
 def test_heat_map():
-    """Exact cells of the map's colours, numbers only while they fit, in readable ink."""
+    """Exact cells of the map's colors, numbers only while they fit, in readable ink."""
     values = np.array([[0.5, -1.0, 0.0], [0.0, 1.0, -0.5]])
     texts = np.array([[f"{x:.1f}" for x in row] for row in values])
     options = dict(label="x", texts=texts, cmap="RdBu_r", vmin=-1, vmax=1)
@@ -591,7 +591,7 @@ def test_captions_of_the_command(tmp_path, monkeypatch):
     assert [texts_of(figure) for figure in figures] == ["", "Mine."]
 
 
-def test_grey_images_are_drawn_grey(tmp_path, image_folder):
+def test_gray_images_are_drawn_gray(tmp_path, image_folder):
     checkpoint = write_checkpoint(tmp_path / "c.pth", "mae", in_chans=1, mean=[0.5], std=[0.5])
     out = tmp_path / "grid.png"
     draw("--checkpoint", checkpoint, "--images", image_folder / "val", "--out", out)

@@ -98,10 +98,10 @@ def show_stats(stats: list[ImageStats]) -> None:
     show("std", " ".join(f"{x:.4f}" for x in std))
     if len(main) < len(stats):
         show("", f"mean and std of the {len(main)} images with {len(mean)} channels")
-    if all(s.is_grey for s in stats):
-        show("", "every image is grey: --in_chans 1 (with one mean and std) is enough")
+    if all(s.is_gray for s in stats):
+        show("", "every image is gray: --in_chans 1 (with one mean and std) is enough")
     if any(s.mode.startswith("I;16") for s in stats):
-        show("", "of 16-bit grey only the upper 8 bits are read; .npy arrays keep all of them")
+        show("", "of 16-bit gray only the upper 8 bits are read; .npy arrays keep all of them")
 
 
 def choose_size(stats: list[ImageStats]) -> tuple[list[int], int, str]:

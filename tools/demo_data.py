@@ -2,7 +2,7 @@
 
     python -m tools.demo_data OUT_DIR
 
-1,797 scans of the digits 0-9, 8x8 pixels with 17 grey levels, are part of the scikit-learn package
+1,797 scans of the digits 0-9, 8x8 pixels with 17 gray levels, are part of the scikit-learn package
 (from the UCI "Optical Recognition of Handwritten Digits" set), so nothing is downloaded. Each is
 resized bicubically to a 32x32 RGB image. The split is fixed:
 

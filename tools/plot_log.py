@@ -28,7 +28,7 @@ USUAL_KEYS = ("train_loss", "test_loss", "test_acc1")
 PANEL = (3.3, 2.4)  # inches
 MAX_COLUMNS = 3
 FEW = 25  # points that get a marker each
-LINE_STYLES = ("-", "--", ":", "-.")  # each for as many runs as there are colours
+LINE_STYLES = ("-", "--", ":", "-.")  # each for as many runs as there are colors
 
 Curve = list[tuple[float, float]]  # (epoch, value), epochs ascending
 

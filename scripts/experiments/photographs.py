@@ -4,7 +4,7 @@
 
 Ten photographs are for pre-training, seven others for the task: classify which of the seven a crop
 is from. Training crops come from the left half of a photograph, validation crops from the right
-half. All are grey, because color alone would identify the photograph. Every call writes the same
+half. All are gray, because color alone would identify the photograph. Every call writes the same
 crops, OUT_DIR/{seen/train,unseen/train,unseen/val}/<photograph>/<index>.png: 150, 100 and 70 of
 each photograph. For the licences of the photographs see both packages
 (skimage/data/README.txt); none is part of this repository.
@@ -29,7 +29,7 @@ SKLEARN = ("china.jpg", "flower.jpg")  # the others are part of scikit-image
 
 
 def load_photograph(name: str) -> Image.Image:
-    """Grey image, read from the installed package without importing it.
+    """Gray image, read from the installed package without importing it.
 
     Exits if the package is not installed.
     """

@@ -41,7 +41,7 @@ def open_image(path, in_chans: int = 3) -> Image.Image | Tensor:
     """Read an image with `in_chans` channels: as PIL, or as a float32 tensor (C, H, W) where it is
     a NumPy array or Pillow has no mode for that many channels.
 
-    The EXIF orientation is ignored; of 16-bit greyscale the upper 8 bits are used.
+    The EXIF orientation is ignored; of 16-bit grayscale the upper 8 bits are used.
 
     Args:
         path: of a file, or a util.data.shards.ShardMember.

@@ -10,7 +10,7 @@ from PIL import Image, ImageSequence
 from util.data import image_io
 from util.io.errors import BadImage
 
-GREY_MODES = ("1", "L", "I", "F")  # prefixes of Pillow's modes with one channel
+GRAY_MODES = ("1", "L", "I", "F")  # prefixes of Pillow's modes with one channel
 
 
 class ImageStats(NamedTuple):
@@ -22,7 +22,7 @@ class ImageStats(NamedTuple):
     height: int
     mean: list[float]
     mean_square: list[float]
-    is_grey: bool  # all channels are equal
+    is_gray: bool  # all channels are equal
 
 
 def inspect(path) -> ImageStats | str:
@@ -41,8 +41,8 @@ def inspect(path) -> ImageStats | str:
     for values in (channel.double() / scale for channel in pixels):
         mean.append(values.mean().item())
         mean_square.append(values.square().mean().item())
-    is_grey = len(pixels) > 1 and bool((pixels[:3] == pixels[:1]).all())
-    return ImageStats(file_format, mode, width, height, mean, mean_square, is_grey)
+    is_gray = len(pixels) > 1 and bool((pixels[:3] == pixels[:1]).all())
+    return ImageStats(file_format, mode, width, height, mean, mean_square, is_gray)
 
 
 def read_header(file, is_array: bool) -> tuple[str, str, int]:
@@ -55,7 +55,7 @@ def read_header(file, is_array: bool) -> tuple[str, str, int]:
         if img.format == "TIFF" and img.n_frames > 1:
             channels = sum(len(page.getbands()) for page in ImageSequence.Iterator(img))
             return "TIFF", f"{img.n_frames} pages {mode}", channels
-        return img.format, mode, 1 if mode.startswith(GREY_MODES) else 4 if mode == "RGBA" else 3
+        return img.format, mode, 1 if mode.startswith(GRAY_MODES) else 4 if mode == "RGBA" else 3
 
 
 def channel_mean_std(stats: list[ImageStats]) -> tuple[list[float], list[float]]:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from util.layers.masking import gather_tokens
 from util.vis import figures
 from util.vis.figures import DPI, GAP, LINE
-from util.vis.reconstruction import GREY, choose_kept_mask_ratio, draw_noise, patch_area
+from util.vis.reconstruction import GRAY, choose_kept_mask_ratio, draw_noise, patch_area
 
 READ = ("visible", "masked", "class token")  # what a decoder may attend to
-COLORS = colormaps["magma"].with_extremes(bad=[GREY / 255] * 3)  # grey: not readable
+COLORS = colormaps["magma"].with_extremes(bad=[GRAY / 255] * 3)  # gray: not readable
 FRAME, FRAME_WIDTH = "cyan", 1.0  # of the query patch, in points
 WIDTH = int(7 * DPI)  # pixels that a row of maps takes at most, unless there are many blocks
 TILE_SIDE = int(1.1 * DPI)  # pixels of one map, at most
@@ -135,7 +135,7 @@ def draw_attention(
             weights = weights.masked_fill(~attention.visible.unsqueeze(1), torch.nan)
         maps = weights.cpu().unflatten(-1, grid).numpy()  # (J, B, P, rows, columns)
         area = patch_area(attention.visible, grid, pixels.shape[1] // grid[0])
-        masked = np.where(area[..., None], pixels, np.uint8(GREY))
+        masked = np.where(area[..., None], pixels, np.uint8(GRAY))
         num_predicted = maps.shape[2]
         count = min(num_patches, num_predicted)
         for i, image in enumerate(masked):
@@ -143,7 +143,7 @@ def draw_attention(
                 query = (2 * j + 1) * num_predicted // (2 * count)
                 place = divmod(attention.ids_pred[i, query].item(), grid[1])
                 add_maps(figure, image, maps[:, i, query], place, side, top)
-                top += grid[0] * side + LINE  # room for the labels of the colour bars
+                top += grid[0] * side + LINE  # room for the labels of the color bars
         top += 2 * GAP
     return figures.fit(figure, caption, *notes(model))
 
@@ -175,7 +175,7 @@ def add_summary(
 def add_maps(
     figure: Figure, image: np.ndarray, maps: np.ndarray, query: tuple[int, int], side: int, top: int
 ) -> None:
-    """One row: a masked image (H, W, 3) and what one of its patches attends to, with a colour bar.
+    """One row: a masked image (H, W, 3) and what one of its patches attends to, with a color bar.
 
     maps are (J, rows, columns) of patches, NaN if not readable; query is the row and column of the
     framed patch, side the pixels of a patch.
@@ -200,10 +200,10 @@ def notes(model: nn.Module) -> list[str]:
     """What a reader has to know, one sentence each."""
     found = [
         "Attention of predicted patches (framed) in each decoder block, mean over heads. First "
-        "column: the masked image. Colour bars: attention to one patch, on one scale per row."
+        "column: the masked image. Color bars: attention to one patch, on one scale per row."
     ]
     if model.kind == "crossmae":
-        found.append("Grey: masked patches, which this decoder does not attend to.")
+        found.append("Gray: masked patches, which this decoder does not attend to.")
         if model.decoder_blocks[0].has_self_attn:
             found.append("Its self-attention between predicted patches is not shown.")
     return found

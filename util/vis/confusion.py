@@ -16,7 +16,7 @@ NAME_LENGTH = 24  # letters
 
 
 def draw_confusion(matrix: Tensor, classes: Sequence[str]) -> Figure:
-    """Counts (K, K), rows true, columns predicted; the colour is the fraction of the true class.
+    """Counts (K, K), rows true, columns predicted; the color is the fraction of the true class.
 
     Class names up to MAX_NAMED classes, else ticks by index; counts while they fit into the cells.
     """

@@ -1,4 +1,4 @@
-"""What all figures share: layout in whole pixels, heat maps, colours of images, file formats.
+"""What all figures share: layout in whole pixels, heat maps, colors of images, file formats.
 
 Figures are matplotlib's and made without pyplot: no window, no global state.
 
@@ -71,7 +71,7 @@ def add_text(figure: Figure, text: str, left: int, top: int, width: int | None =
 
 
 def add_colorbar(figure: Figure, image, left: int, top: int, height: int, label: str = "") -> None:
-    """The colour bar of what imshow returned, its ticks and label to the right."""
+    """The color bar of what imshow returned, its ticks and label to the right."""
     bar = figure.colorbar(image, cax=add_axes(figure, left, top, GAP, height), label=label)
     bar.ax.locator_params(nbins=max(2, min(5, height // (2 * LINE))))
     bar.outline.set_linewidth(FRAME_WIDTH)
@@ -114,11 +114,11 @@ def add_heat_map(
     text_size: float = FONT_SIZE,
     **kwargs,
 ) -> Axes:
-    """A matrix (rows, columns) as coloured cells, its colour bar to the right.
+    """A matrix (rows, columns) as colored cells, its color bar to the right.
 
     Args:
         names: of the rows and of the columns; None: ticks by index.
-        label: of the colour bar.
+        label: of the color bar.
         texts: (rows, columns) to write into the cells, left out if the longest does not fit.
         kwargs: cmap, vmin and vmax, as for imshow.
     """
@@ -164,7 +164,7 @@ def wrap(text: str, width: int) -> str:
 def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Normalized images (B, C, H, W) as pixels, uint8 (B, H, W, 3).
 
-    1 or 2 channels: the first, as grey; more than 3: the first three.
+    1 or 2 channels: the first, as gray; more than 3: the first three.
     """
     shown = 3 if imgs.shape[1] >= 3 else 1
     mean, std = (torch.tensor(x[:shown], device=imgs.device).view(-1, 1, 1) for x in (mean, std))

@@ -16,7 +16,7 @@ from util.vis import figures
 from util.vis.figures import DPI, GAP, LINE
 
 COLUMNS = ("original", "masked", "prediction", "prediction\n+ visible")
-GREY = 128  # not shown: masked patches; beside the prediction, the visible ones
+GRAY = 128  # not shown: masked patches; beside the prediction, the visible ones
 UNPREDICTED = 215  # masked patches that are not predicted
 TILE_SIDE = int(1.25 * DPI)  # pixels to which small images are enlarged, about
 COLUMN_WIDTH = int(0.6 * DPI)  # pixels, at least: the titles need them
@@ -68,8 +68,8 @@ def reconstruction_columns(
     visible = patch_area(result.visible, grid, side)[..., None]
     is_predicted = patch_area(result.predicted, grid, side)[..., None]
     filled = np.where(is_predicted, predicted, np.uint8(UNPREDICTED))
-    masked = np.where(visible, original, np.uint8(GREY))
-    alone = np.where(visible, np.uint8(GREY), filled)
+    masked = np.where(visible, original, np.uint8(GRAY))
+    alone = np.where(visible, np.uint8(GRAY), filled)
     return np.stack([original, masked, alone, np.where(visible, original, filled)])
 
 
@@ -140,9 +140,9 @@ def describe(result: Reconstruction, mask_ratio: float) -> str:
 
 def notes(model: nn.Module, num_channels: int, is_partial: bool) -> list[str]:
     """What a reader has to know, one sentence each."""
-    found = ["Grey: masked patches and, beside the prediction, the visible ones."]
+    found = ["Gray: masked patches and, beside the prediction, the visible ones."]
     if is_partial:
-        found.append("Light grey: masked patches that are not predicted.")
+        found.append("Light gray: masked patches that are not predicted.")
     if model.norm_pix_loss:
         found.append(
             "The model predicts pixels normalized within each patch (norm_pix_loss); mean and "
