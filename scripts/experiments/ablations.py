@@ -30,6 +30,7 @@ RUNS = {
 
 
 def main(args) -> None:
+    results = common.Results("ablations", "run", "seed")
     images = common.write_images(DATA["digits"].write, args.out / "digits")
 
     def measure(run: str, seed: int) -> dict:
@@ -43,7 +44,7 @@ def main(args) -> None:
         return row | dict(knn=common.knn(folder, images), losses=losses)
 
     runs = [(run, seed) for seed in range(args.seeds) for run in RUNS]
-    common.Results("ablations", "run", "seed").measure(measure, runs, args.jobs)
+    results.measure(measure, runs, args.jobs)
 
 
 if __name__ == "__main__":

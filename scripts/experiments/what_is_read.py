@@ -18,6 +18,7 @@ NUM_IMAGES = 200
 
 
 def main(args) -> None:
+    results = common.Results("what_is_read", "arm", "seed")
     if not (args.out / "digits/images").exists():
         sys.exit(f"There are no runs in {args.out}: run pretraining_helps.py first.")
 
@@ -32,7 +33,7 @@ def main(args) -> None:
         return dict(zip(READ, mass.tolist(), strict=True))  # one value per block
 
     runs = product(("mae", "crossmae 0.75"), range(args.seeds))
-    common.Results("what_is_read", "arm", "seed").measure(measure, runs)
+    results.measure(measure, runs)
 
 
 if __name__ == "__main__":
