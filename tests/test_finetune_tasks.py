@@ -80,6 +80,9 @@ def test_report_files(runs, image_folder, tmp_path, capsys):
     start_logging()
     main_finetune.main(main_finetune.parse_args(flags))
     out = capsys.readouterr().out
+    main_finetune.main(main_finetune.parse_args(flags))
+    (earlier,) = (tmp_path / "report").glob("previous-*")  # nothing is overwritten
+    assert len(list(earlier.iterdir())) == 3
     rows = list(csv.reader(open(tmp_path / "report/confusion.csv")))
     assert [row[0] for row in rows[1:]] == ["a", "b"]
     counts = [[int(x) for x in row[1:]] for row in rows[1:]]
@@ -94,6 +97,9 @@ def test_predict_takes_model_and_classes_from_checkpoint(runs, image_folder, tmp
     flags = ["--predict", str(image_folder / "val"), "--resume", f"{runs}/fine/checkpoint.pth"]
     flags += ["--num_workers", "0", "--device", "cpu", "--output_dir", str(tmp_path)]
     main_finetune.main(main_finetune.parse_args(flags))
+    main_finetune.main(main_finetune.parse_args(flags))
+    (earlier,) = tmp_path.glob("previous-*/predictions.csv")  # nothing is overwritten
+    assert earlier.read_text() == (tmp_path / "predictions.csv").read_text()
     rows = list(csv.DictReader(open(tmp_path / "predictions.csv")))
     assert len(rows) == 8 and {row["class"] for row in rows} <= {"a", "b"}
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)

@@ -7,7 +7,7 @@ from util.build import load_trained
 from util.data.sources import list_images
 from util.eval.report import name_classes, predict_files
 from util.io.errors import UserError
-from util.run.output_dir import prepare_output
+from util.run.output_dir import move_to_previous, prepare_output
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ def predict(args) -> None:
     files = [file for file, _ in list_images(args.predict).samples]  # shards: on every rank
     if args.rank == 0:
         path = Path(args.output_dir or ".", "predictions.csv")
+        move_to_previous(path.parent, [path])
         classes = name_classes(trained, trained.nb_classes)
         predict_files(model.to(args.device), files, classes, trained, path)
         logger.info("Predictions in %s", path)

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from util.distributed import all_reduce_sum
 from util.eval.inference import build_inference_loader, run_batches
 from util.io.files import atomic_write
+from util.run.output_dir import move_to_previous
 
 logger = logging.getLogger(__name__)
+
+REPORT_FILES = ("per_class.csv", "confusion.csv", "confusion.png")
 
 UNEQUAL = 2  # times as many images in the largest class as in the smallest: worth a note
 # file names that are not UTF-8 are written as they are on disk
@@ -71,6 +74,7 @@ def report_evaluation(args, model: nn.Module, loader) -> None:
     classes = loader.dataset.classes
     matrix = count_confusion(loader, model, len(classes), args.device, args.amp, args.dist_eval)
     if args.rank == 0:
+        move_to_previous(Path(args.report), (Path(args.report, name) for name in REPORT_FILES))
         for note in write_report(args.report, matrix, classes):
             logger.info("%s", note)
         logger.info("Report in %s", args.report)

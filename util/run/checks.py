@@ -84,7 +84,9 @@ def check_shared(args: argparse.Namespace) -> None:
                 "--save_every_minutes has nowhere to save: give --output_dir.",
             ),
             (
-                args.data_path == IMAGENET_AT_META and not os.path.exists(IMAGENET_AT_META),
+                args.data_path == IMAGENET_AT_META
+                and not os.path.exists(IMAGENET_AT_META)
+                and not getattr(args, "predict", ""),
                 "--data_path is missing: name the folder of the data.",
             ),
             (

@@ -157,8 +157,9 @@ def clear_output_dir(args: argparse.Namespace, epoch: int, iteration: int = 0) -
 
 
 def move_to_previous(folder: Path, paths: Iterable[Path], copies: Iterable[Path] = ()) -> None:
-    """Move files, or copy them, to folder/previous-TIME/: when the last of them was written."""
-    paths, copies = list(paths), list(copies)
+    """Move files that exist, or copy them, to folder/previous-TIME/: when the last was written."""
+    paths = [path for path in paths if path.exists()]
+    copies = list(copies)
     if not paths and not copies:
         return
     target = previous_folder(folder, max(path.stat().st_mtime for path in [*paths, *copies]))
