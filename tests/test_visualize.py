@@ -38,6 +38,7 @@ from util.vis.reconstruction import (
     COLUMNS,
     GRAY,
     UNPREDICTED,
+    Reconstruction,
     draw_feature_map_weights,
     draw_noise,
     draw_reconstructions,
@@ -629,6 +630,21 @@ def test_refusals_before_anything_is_read(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             draw("--checkpoint", "none", *flags)
+
+
+def test_predictions_of_gray_images_have_no_tint():
+    """The mean of the predicted channels for a gray image, the prediction itself for another."""
+    torch.manual_seed(0)
+    imgs = torch.rand(2, 3, 8, 8)
+    imgs[0] = imgs[0, :1]
+    pixels = torch.rand(2, 3, 8, 8)
+    masks = torch.tensor([[True, False, False, False]] * 2)
+    result = Reconstruction(pixels, masks, ~masks, 0.0)
+    columns = reconstruction_columns(imgs, result, (2, 2), [0.0] * 3, [1.0] * 3)
+    predicted = (pixels * 255).round().permute(0, 2, 3, 1).numpy()
+    shown = columns[3][:, :, 4:]  # patches that are predicted
+    assert (shown[0] == predicted[0, :, 4:].mean(-1, keepdims=True).round()).all()
+    assert (shown[1] == predicted[1, :, 4:]).all()
 
 
 def test_choice_of_images(tmp_path, image_folder):

@@ -62,8 +62,13 @@ def reconstruct(
 def reconstruction_columns(
     imgs: Tensor, result: Reconstruction, grid: tuple[int, int], mean, std
 ) -> np.ndarray:
-    """The images of COLUMNS, uint8 (4, B, H, W, 3); grid is (rows, columns) of patches."""
+    """The images of COLUMNS, uint8 (4, B, H, W, 3); grid is (rows, columns) of patches.
+
+    Of gray images, the mean of the predicted channels is shown.
+    """
     original, predicted = (figures.to_rgb(x, mean, std) for x in (imgs, result.pixels))
+    gray = are_gray(original)
+    predicted[gray] = predicted[gray].mean(axis=-1, keepdims=True).round()
     side = original.shape[1] // grid[0]
     visible = patch_area(result.visible, grid, side)[..., None]
     is_predicted = patch_area(result.predicted, grid, side)[..., None]
@@ -71,6 +76,11 @@ def reconstruction_columns(
     masked = np.where(visible, original, np.uint8(GRAY))
     alone = np.where(visible, np.uint8(GRAY), filled)
     return np.stack([original, masked, alone, np.where(visible, original, filled)])
+
+
+def are_gray(pixels: np.ndarray) -> np.ndarray:
+    """Which images (B, H, W, 3) have equal channels, bool (B,)."""
+    return (pixels == pixels[..., :1]).all(axis=(1, 2, 3))
 
 
 def patch_area(chosen: Tensor, grid: tuple[int, int], side: int) -> np.ndarray:
@@ -125,7 +135,8 @@ def draw_reconstructions(
                 figures.add_image(figure, image, j * pitch, top, width, height)
             top += height + GAP
         top += GAP
-    return figures.fit(figure, caption, *notes(model, imgs.shape[1], is_partial))
+    has_gray = are_gray(figures.to_rgb(imgs, args.mean, args.std)).any()
+    return figures.fit(figure, caption, *notes(model, imgs.shape[1], is_partial, has_gray))
 
 
 def describe(result: Reconstruction, mask_ratio: float) -> str:
@@ -138,7 +149,7 @@ def describe(result: Reconstruction, mask_ratio: float) -> str:
     )
 
 
-def notes(model: nn.Module, num_channels: int, is_partial: bool) -> list[str]:
+def notes(model: nn.Module, num_channels: int, is_partial: bool, has_gray: bool) -> list[str]:
     """What a reader has to know, one sentence each."""
     found = ["Gray: masked patches and, beside the prediction, the visible ones."]
     if is_partial:
@@ -148,6 +159,8 @@ def notes(model: nn.Module, num_channels: int, is_partial: bool) -> list[str]:
             "The model predicts pixels normalized within each patch (norm_pix_loss); mean and "
             "contrast of each patch are taken from the original."
         )
+    if num_channels == 3 and has_gray:
+        found.append("Of gray images, the mean of the predicted channels is shown.")
     if num_channels > 3:
         found.append(f"Of {num_channels} channels, the first three are shown as RGB.")
     if num_channels == 2:
