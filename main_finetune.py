@@ -237,7 +237,7 @@ def evaluate_checkpoint(args) -> None:
     loader = build_eval_loader(val_set, args, args.dist_eval)
     log_accuracy(len(val_set), evaluate(loader, model, args.device, amp_dtype))
     if args.report:
-        report_evaluation(args, model, loader)
+        report_evaluation(args, model, loader, amp_dtype)
 
 
 def log_accuracy(num_images: int, stats: dict[str, float]) -> None:

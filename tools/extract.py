@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
         shape = (len(names), model.patch_embed.num_patches, model.embed_dim)
     classes = f" of {len(images.classes)} classes" if images.classes else ", no labels"
     logger.info("%d images%s; %s", len(names), classes, describe_transform(trained))
-    batches = run_features(model, loader, which, trained.device, trained.amp, "extract")
+    batches = run_features(model, loader, which, trained.device, trained.amp_dtype, "extract")
     if args.out.suffix == ".npz":
         write_npz(args.out, batches, shape, images, names, which)
     else:

@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
 
     def features(samples, title):
         loader = build_inference_loader(samples, classes, trained)
-        return run_features(model, loader, which, trained.device, trained.amp, title)
+        return run_features(model, loader, which, trained.device, trained.amp_dtype, title)
 
     bank, labels = (torch.cat(parts) for parts in zip(*features(train, "train"), strict=True))
     queries = features(val, "val")

@@ -46,7 +46,8 @@ def set_inference_flags(args, flags) -> None:
     check_ranges(flags, dict(batch_size="[1, inf)", num_workers="[0, inf)"))
     args.device = choose_device(flags.device, local_rank=0)
     args.batch_size, args.num_workers = flags.batch_size, flags.num_workers
-    args.amp, args.pin_mem, args.prefetch, args.seed = flags.amp, True, 2, 0
+    args.amp_dtype = choose_amp_dtype(flags.amp, args.device)
+    args.pin_mem, args.prefetch, args.seed = True, 2, 0
 
 
 def describe_transform(args) -> str:
@@ -70,13 +71,14 @@ def build_inference_loader(samples, classes: list[str], args) -> DeviceLoader:
 
 @torch.inference_mode()
 def run_batches(
-    function: Callable[[Tensor], Tensor], loader, device, amp: str = "off", title: str = ""
+    function: Callable[[Tensor], Tensor], loader, device, amp_dtype=None, title: str = ""
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield function(imgs) in float32 and labels (B,) for a DeviceLoader's batches.
+    """Yield function(imgs) as float32 and labels (B,) for a DeviceLoader's batches.
+
+    amp_dtype is the autocast dtype, None for float32.
 
     Shows a progress bar, on a terminal only.
     """
-    amp_dtype = choose_amp_dtype(amp, device)
     hidden = None if is_main_process() else True  # None: hidden unless on a terminal
     for imgs, labels in tqdm(loader, desc=title, unit="batch", disable=hidden):
         with autocast(device, amp_dtype):
@@ -85,14 +87,14 @@ def run_batches(
 
 
 def run_features(
-    model: nn.Module, loader, which: str, device, amp: str = "off", title: str = ""
+    model: nn.Module, loader, which: str, device, amp_dtype=None, title: str = ""
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features of unmasked images and labels (B,), batch by batch: "cls" or "mean" (B, D), or
     "patches" (B, L, D) in raster order.
     """
     model.eval()
     return run_batches(
-        lambda imgs: getattr(model.forward_features(imgs), which), loader, device, amp, title
+        lambda imgs: getattr(model.forward_features(imgs), which), loader, device, amp_dtype, title
     )
 
 

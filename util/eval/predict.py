@@ -7,6 +7,7 @@ from util.build import load_trained
 from util.data.sources import list_images
 from util.eval.report import name_classes, predict_files
 from util.io.errors import UserError
+from util.optim import choose_amp_dtype
 from util.run.output_dir import move_to_previous, prepare_output
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,9 @@ def predict(args) -> None:
             f"{args.resume} is a pre-training checkpoint, which has no classes; --predict needs a "
             "fine-tuned one."
         )
-    for name in ("device", "amp", "batch_size", "num_workers", "pin_mem", "prefetch"):
+    for name in ("device", "batch_size", "num_workers", "pin_mem", "prefetch"):
         setattr(trained, name, getattr(args, name))
+    trained.amp_dtype = choose_amp_dtype(args.amp, args.device)
     prepare_output(args)
     files = [file for file, _ in list_images(args.predict).samples]  # shards: on every rank
     if args.rank == 0:

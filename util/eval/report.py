@@ -44,7 +44,7 @@ def predict_files(
     with atomic_write(out) as tmp_path, open(tmp_path, "w", newline="", **NAMES) as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        for logits, _ in run_batches(model, loader, args.device, args.amp, "predict"):
+        for logits, _ in run_batches(model, loader, args.device, args.amp_dtype, "predict"):
             best = logits.softmax(dim=1).topk(count, dim=1)
             for probs, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 row = [next(names)]
@@ -54,14 +54,14 @@ def predict_files(
 
 
 def count_confusion(
-    loader, model: nn.Module, num_classes: int, device, amp: str = "auto", split: bool = False
+    loader, model: nn.Module, num_classes: int, device, amp_dtype=None, split: bool = False
 ) -> Tensor:
     """Confusion matrix: counts (K, K), rows true, columns predicted; with `split`, summed over the
     ranks, each of which has its own part of the images.
     """
     model.eval()
     counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
-    for logits, labels in run_batches(model, loader, device, amp, "confusion"):
+    for logits, labels in run_batches(model, loader, device, amp_dtype, "confusion"):
         cells = labels * num_classes + logits.argmax(dim=1)
         counts += torch.bincount(cells, minlength=num_classes**2)
     if split:
@@ -69,10 +69,10 @@ def count_confusion(
     return counts.view(num_classes, num_classes).cpu()
 
 
-def report_evaluation(args, model: nn.Module, loader) -> None:
+def report_evaluation(args, model: nn.Module, loader, amp_dtype) -> None:
     """--report: write the tables and the confusion matrix of a classifier on a loader's images."""
     classes = loader.dataset.classes
-    matrix = count_confusion(loader, model, len(classes), args.device, args.amp, args.dist_eval)
+    matrix = count_confusion(loader, model, len(classes), args.device, amp_dtype, args.dist_eval)
     if args.rank == 0:
         move_to_previous(Path(args.report), (Path(args.report, name) for name in REPORT_FILES))
         for note in write_report(args.report, matrix, classes):
