@@ -174,7 +174,7 @@ def train(args) -> None:
     train_loader = build_train_loader(train_set, args)
     val_loader = build_eval_loader(val_set, args, args.dist_eval)
     state.register_dataset(train_set, len(train_loader))
-    clear_output_dir(args, state.epoch, state.iteration)
+    clear_output_dir(args, state.epoch)
     data_text = (
         f"{len(train_set)} training and {len(val_set)} validation images of {args.nb_classes} "
         f"classes in {args.data_path}, {len(train_loader)} batches per epoch"

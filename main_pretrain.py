@@ -171,7 +171,7 @@ def main(args) -> None:
     state.resume(checkpoint)
     del checkpoint  # as large as the model and its optimizer
     state.register_dataset(dataset, len(loader))
-    clear_output_dir(args, state.epoch, state.iteration)
+    clear_output_dir(args, state.epoch)
 
     data_text = f"{len(dataset)} images {dataset.description}, {len(loader)} batches per epoch"
     summary = startup_summary(args, model, lr_text, attention.name, amp_dtype, data_text)

@@ -85,6 +85,15 @@ def test_resuming_an_older_checkpoint_keeps_what_came_after(tmp_path, caplog):
     assert str(previous) in caplog.text
 
 
+def test_a_restarted_epoch_keeps_the_resumed_checkpoint(tmp_path):
+    """With another batch size the interrupted epoch starts over, from the file it was saved in."""
+    write_run(tmp_path, 2)
+    torch.save({"model": {}, "epoch": 1, "state": {"iteration": 3}}, tmp_path / "checkpoint.pth")
+    before = names_in(tmp_path)
+    clear_output_dir(run_args(tmp_path, resume=str(tmp_path / "checkpoint.pth")), 2)
+    assert names_in(tmp_path) == before
+
+
 def test_an_older_best_checkpoint_stays(tmp_path):
     write_run(tmp_path, 8, best=2)
     clear_output_dir(run_args(tmp_path, resume=str(tmp_path / "checkpoint-4.pth")), 5)

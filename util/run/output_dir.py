@@ -129,8 +129,8 @@ def remove_old_checkpoints(folder: Path, keep_last: int, epoch: int) -> None:
         (folder / f"checkpoint-{old}.pth").unlink(missing_ok=True)
 
 
-def clear_output_dir(args: argparse.Namespace, epoch: int, iteration: int = 0) -> None:
-    """Make room for a run that starts at this position; nothing of another run is overwritten.
+def clear_output_dir(args: argparse.Namespace, epoch: int) -> None:
+    """Make room for a run that starts at this epoch; nothing of another run is overwritten.
 
     Rank 0 does it. Files of an earlier run move to previous-TIME/ inside the folder. Where an older
     checkpoint of the folder is resumed, that is what was written after it. Log lines of epochs
@@ -143,7 +143,8 @@ def clear_output_dir(args: argparse.Namespace, epoch: int, iteration: int = 0) -
     log = folder / "log.txt"
     is_resumed = bool(args.resume) and Path(args.resume).resolve().parent == folder.resolve()
     if is_resumed:
-        later = [p for p in folder.glob("checkpoint*.pth") if read_position(p) > (epoch, iteration)]
+        resumed = read_position(Path(args.resume))
+        later = [p for p in folder.glob("checkpoint*.pth") if read_position(p) > resumed]
         if later:
             move_to_previous(folder, later, copies=[log] if log.exists() else [])
         if log.exists():
