@@ -217,10 +217,11 @@ def test_truncated_or_bit_flipped_file_is_refused(tmp_path):
     assert refused > 0.9 * len(data) / 211
 
 
-@pytest.mark.parametrize("path", ["nowhere.pth", "."])
-def test_missing_file_is_refused(path):
-    with pytest.raises(CheckpointError, match="There is no checkpoint file"):
-        read_checkpoint(path)
+def test_missing_file_and_folder_are_refused():
+    with pytest.raises(CheckpointError, match="There is no checkpoint file nowhere.pth"):
+        read_checkpoint("nowhere.pth")
+    with pytest.raises(CheckpointError, match=r"\. is a folder; name a checkpoint in it"):
+        read_checkpoint(".")
 
 
 # Checkpoint types

@@ -150,7 +150,7 @@ INVALID_FLAGS = {
     "--keep_last needs": [main_finetune, *FINETUNE, "--keep_last", "2"],
     "has nowhere to save": [main_pretrain, *PRETRAIN, "--save_every_minutes", "5", *NO_OUTPUT],
     "the smaller one first": [main_finetune, *FINETUNE, "--cutmix_minmax", "0.8", "0.2"],
-    "--mixup is -1.0; it must be at least 0": [main_finetune, *FINETUNE, "--mixup", "-1"],
+    "--mixup is -1.0; it must be in [0, 1000]": [main_finetune, *FINETUNE, "--mixup", "-1"],
     "uses BatchNorm": [
         *(main_finetune, *FINETUNE, "--linear_probe", "--finetune", "x", "--batch_size", "1"),
         *("--drop_path", "0"),

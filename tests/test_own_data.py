@@ -342,7 +342,7 @@ def test_a_bad_image_in_the_real_script(num_workers, tmp_path):
 
 def test_bad_images_are_never_skipped_in_evaluation():
     args = main_finetune.get_args_parser().parse_args(
-        ["--eval", "--resume", "x.pth", "--skip_bad_images"]
+        ["--eval", "--resume", "x.pth", "--skip_bad_images", "--data_path", "x"]
     )
     with pytest.raises(ValueError, match="--skip_bad_images is for training"):
         main_finetune.check_args(args)
