@@ -85,9 +85,10 @@ def test_another_model_names_the_flags_it_was_trained_with(runs, image_folder):
         pretrain(*source, "--output_dir", "", "--decoder_depth", 2)
 
 
-def test_a_flag_that_agrees_passes(runs, image_folder):
+def test_a_flag_that_agrees_passes(runs, image_folder, capsys):
     source = ["--resume", runs / "fine/checkpoint.pth", "--data_path", image_folder]
     finetune("--eval", *source, *INPUT)
+    assert "* Acc@1" in capsys.readouterr().out
 
 
 def test_in_finetuning_a_flag_wins_with_a_line(runs, image_folder, tmp_path, capsys):
