@@ -4,7 +4,7 @@
     python scripts/experiments/tables.py --write  # put them between <!-- table: NAME --> and
                                                   # <!-- end --> in the documents
 
-Mean ± standard deviation over seeds; of seconds median, minimum and maximum.
+Mean ± std over seeds; of seconds median, minimum and maximum.
 """
 
 import re
@@ -26,7 +26,7 @@ def rows_of(name: str, **key) -> list[dict]:
 
 
 def mean_std(values: list[float], digits: int = 1) -> str:
-    """Mean ± standard deviation; the mean alone for one value."""
+    """Mean ± std; the mean alone for one value."""
     if not values:
         return "-"
     std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
