@@ -6,4 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 setup_environment requirements.txt scripts/requirements-demo.txt tests/requirements.txt
 cd "$ROOT"
-python -m pytest tests "$@"
+python -m pytest tests -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -112,12 +112,29 @@ def test_three_channels_in_arrays_need_no_color_augmentation(capsys, tmp_path):
     assert main_finetune.get_args_parser().parse_args(finetune[1:]).aa == ""
 
 
-def test_sixteen_bits(capsys, tmp_path):
-    deep = np.random.RandomState(0).randint(0, 65536, (40, 40)).astype(np.uint16)
-    Image.fromarray(deep).save(tmp_path / "a.png")
+def test_twelve_of_sixteen_bits(capsys, tmp_path):
+    """Mean, std and range of the whole values, in digits enough for a narrow range."""
+    deep = np.random.RandomState(0).randint(0, 4096, (40, 40)).astype(np.uint16)
+    for name in ("train/a/0", "train/b/0", "val/a/0", "val/b/0"):
+        write(tmp_path, f"{name}.png")
+        Image.fromarray(deep).save(tmp_path / f"{name}.png")
     text = stats(capsys, tmp_path)
-    assert line(text, "mean") == f"{((deep >> 8) / 255).mean():.4f}"
-    assert "of 16-bit gray only the upper 8 bits are read" in text
+    values = deep / 65535
+    assert line(text, "mean") == f"{values.mean():.4f}"
+    assert line(text, "values") == f"{values.min():.4f} to {values.max():.4f}"
+    assert "WARNING" not in text
+    pretrain, finetune = commands(text)
+    args = main_pretrain.get_args_parser().parse_args(pretrain[1:])
+    assert args.in_chans == 1
+    assert args.mean == pytest.approx([values.mean()], rel=5e-3)
+    assert args.std == pytest.approx([values.std()], rel=5e-3)
+    assert main_finetune.get_args_parser().parse_args(finetune[1:]).aa == ""
+
+
+def test_few_levels(capsys, tmp_path):
+    """Where most images have fewer than 32 different values, bits were lost."""
+    Image.fromarray((np.arange(1600) % 6).reshape(40, 40).astype(np.uint8)).save(tmp_path / "a.png")
+    assert "only 6 different values" in line(stats(capsys, tmp_path), "WARNING")
 
 
 def test_lists_and_shards(capsys, tmp_path):

@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util.data.sources import evenly_spaced, is_folder, list_folder, list_images
-from util.data.stats import ImageStats, channel_mean_std, inspect, with_main_channels
+from util.data.stats import (
+    MODE_16_BIT,
+    ImageStats,
+    channel_mean_std,
+    inspect,
+    levels_note,
+    with_main_channels,
+)
 from util.eval.inference import DEFAULT_WORKERS
 from util.eval.report import imbalance_note
 from util.run.checks import check_ranges
@@ -100,8 +107,9 @@ def show_stats(stats: list[ImageStats]) -> None:
         show("", f"mean and std of the {len(main)} images with {len(mean)} channels")
     if all(s.is_gray for s in stats):
         show("", "every image is gray: --in_chans 1 (with one mean and std) is enough")
-    if any(s.mode.startswith("I;16") for s in stats):
-        show("", "of 16-bit gray only the upper 8 bits are read; .npy arrays keep all of them")
+    show("values", f"{min(s.low for s in stats):.4f} to {max(s.high for s in stats):.4f}")
+    if note := levels_note(stats):
+        show("WARNING", note)
 
 
 def choose_size(stats: list[ImageStats]) -> tuple[list[int], int, str]:
@@ -127,7 +135,7 @@ def channel_flags(stats: list[ImageStats]) -> list[str]:
     defaults = imagenet if len(mean) == 3 else ([0.5] * len(mean),) * 2
     for flag, values, default in zip(("--mean", "--std"), (mean, std), defaults, strict=True):
         if max(abs(a - b) for a, b in zip(values, default, strict=True)) > TOLERANCE:
-            texts = [f"{max(x, 0.001):.3f}" for x in values]
+            texts = [f"{x:.3f}" if x >= 0.1 else f"{max(x, 1e-5):.3g}" for x in values]
             flags += [flag, *(texts[:1] if len(set(texts)) == 1 else texts)]
     return flags
 
@@ -144,8 +152,8 @@ def suggest_commands(path: Path, stats, num_train: int, can_finetune: bool) -> l
     commands = [[*pretrain, "--output_dir", "output/pretrain"]]
     if can_finetune:
         finetune = ["python", "main_finetune.py", "--model", f"vit_{model}", *shared]
-        has_arrays = any(s.format == "NPY" for s in stats)
-        finetune += ["--aa", ""] if has_arrays or "--in_chans" in shared else []
+        are_tensors = any(s.format == "NPY" or s.mode == MODE_16_BIT for s in stats)
+        finetune += ["--aa", ""] if are_tensors or "--in_chans" in shared else []
         finetune += ["--finetune", "output/pretrain/checkpoint.pth"]
         commands.append([*finetune, "--output_dir", "output/finetune"])
     return [shlex.join(command) for command in commands]

@@ -4,14 +4,16 @@ The augmentation of an image is seeded with seed, epoch and image index, so that
 on the number of DataLoader workers nor on where a run was interrupted.
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from util.data.image_io import PIL_MODES, is_array, open_image, read_image
+from util.data.image_io import PIL_MODES, is_array, open_8_bit, open_image, read_image
 from util.data.shards import ShardSamples
-from util.data.sources import list_classes, list_pretrain_images
+from util.data.sources import evenly_spaced, list_classes, list_pretrain_images
+from util.data.stats import MODE_16_BIT, ImageStats, inspect, levels_note
 from util.data.transforms import (
     FastPretrainTransform,
     build_array_transform,
@@ -21,6 +23,9 @@ from util.data.transforms import (
 from util.io.errors import BadImage, UserError
 from util.rng import seeded
 
+logger = logging.getLogger(__name__)
+
+NUM_INSPECTED = 16  # images looked at before training
 MAX_ATTEMPTS = 10  # bad images in a row that --skip_bad_images accepts, plus one
 
 
@@ -82,11 +87,9 @@ def build_pretrain_dataset(args) -> ImageDataset:
         UserError: there is nothing to train on; the message names the place.
     """
     samples, classes, description = list_pretrain_images(args.data_path)
-    are_arrays = has_arrays(samples, args.in_chans)
-    if not are_arrays:
-        check_scale(args)
+    are_tensors = prepare_reading(samples, args)
     # Pillow weighs colors by alpha when it resizes RGBA, which the fast path does not.
-    if args.loader == "fast" and args.in_chans in (1, 3) and not are_arrays:
+    if args.loader == "fast" and args.in_chans in (1, 3) and not are_tensors:
         transform, read = FastPretrainTransform(args.input_size), read_image
     else:
         transform, read = build_pretrain_transform(args), open_image
@@ -101,16 +104,31 @@ def build_dataset(is_train: bool, args) -> ImageDataset:
     """Images of fine-tuning or evaluation, DATA/train/CLASS/* or DATA/val/CLASS/*."""
     folder = Path(args.data_path, "train" if is_train else "val")
     samples, classes, _ = list_classes(folder)
-    are_arrays = has_arrays(samples, args.in_chans)
-    if not are_arrays:
-        check_scale(args)
-    if is_train and are_arrays:
+    are_tensors = prepare_reading(samples, args)
+    if is_train and are_tensors:
         transform = build_array_transform(args)
     else:
         transform = build_transform(is_train, args)
-    read = partial(open_image, in_chans=args.in_chans)
+    read = open_8_bit if is_train and not are_tensors else open_image
+    read = partial(read, in_chans=args.in_chans)
     skip_bad = is_train and getattr(args, "skip_bad_images", False)
     return ImageDataset(samples, classes, transform, read, args.seed, skip_bad)
+
+
+def prepare_reading(samples, args) -> bool:
+    """Look at a few images: whether open_image gives tensors. Warns if they have few levels.
+
+    Raises:
+        UserError: --mean or --std cannot be one of these images.
+    """
+    if has_arrays(samples, args.in_chans):
+        return True
+    check_scale(args)
+    found = [inspect(path) for path, _ in evenly_spaced(samples, NUM_INSPECTED)]
+    stats = [s for s in found if isinstance(s, ImageStats)]
+    if note := levels_note(stats):
+        logger.info("Warning: %s", note)
+    return any(s.mode == MODE_16_BIT for s in stats)
 
 
 def check_scale(args) -> None:
@@ -124,7 +142,7 @@ def check_scale(args) -> None:
 
 
 def has_arrays(samples, in_chans: int) -> bool:
-    """Whether open_image gives tensors: for arrays, and where Pillow has no such mode."""
+    """Whether there are arrays, or Pillow has no mode for the channels."""
     if in_chans not in PIL_MODES:
         return True
     if isinstance(samples, ShardSamples):

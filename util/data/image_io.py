@@ -1,8 +1,8 @@
 """Opening images: one place, so that every error names its file.
 
 An image is a file, or a member of a tar file (util.data.shards). Pillow and torchvision read 8-bit
-images with 1, 3 or 4 channels; NumPy arrays (.npy) and TIFF files of several pages hold any number
-of channels and more than 8 bits, and become float32.
+images with 1, 3 or 4 channels; NumPy arrays (.npy), 16-bit grayscale and TIFF files of several
+pages become float32.
 
 Shapes: C channels, H height, W width.
 """
@@ -39,9 +39,9 @@ DECODE_ERRORS = (  # what decoders raise on damaged files
 
 def open_image(path, in_chans: int = 3) -> Image.Image | Tensor:
     """Read an image with `in_chans` channels: as PIL, or as a float32 tensor (C, H, W) where it is
-    a NumPy array or Pillow has no mode for that many channels.
+    a NumPy array or 16-bit grayscale, or Pillow has no mode for that many channels.
 
-    The EXIF orientation is ignored; of 16-bit grayscale the upper 8 bits are used.
+    The EXIF orientation is ignored.
 
     Args:
         path: of a file, or a util.data.shards.ShardMember.
@@ -54,15 +54,28 @@ def open_image(path, in_chans: int = 3) -> Image.Image | Tensor:
             return to_tensor(np.lib.format.read_array(file), in_chans)
         with Image.open(file, formats=FORMATS) as img:
             check_aspect(*img.size)
-            if in_chans in PIL_MODES:
-                return convert_mode(img, PIL_MODES[in_chans])
-            return to_tensor(stack_pages(img), in_chans)
+            if in_chans not in PIL_MODES:
+                return to_tensor(stack_pages(img), in_chans)
+            if is_16_bit(img):
+                return gray_to_tensor(np.asarray(img).astype(np.uint16), in_chans)
+            return convert_mode(img, PIL_MODES[in_chans])
+
+
+def open_8_bit(path, in_chans: int = 3) -> Image.Image:
+    """As open_image, for pipelines of 8-bit images; BadImage for any other."""
+    img = open_image(path, in_chans)
+    if isinstance(img, Tensor):
+        raise BadImage(
+            f"The image {path} has 16 bits per value, the images looked at first have 8; convert "
+            "it, or for pre-training use --loader pillow."
+        )
+    return img
 
 
 def read_image(path, in_chans: int = 3) -> Tensor:
     """Read an image with 1, 3 or 4 channels as uint8 (C, H, W); JPEG in half the time.
 
-    The pixels and the errors are those of `open_image`.
+    The pixels and the errors are those of `open_8_bit`.
     """
     if in_chans in READ_MODES:
         with raising_bad_image(path), open_bytes(path) as file:
@@ -71,7 +84,7 @@ def read_image(path, in_chans: int = 3) -> Tensor:
             pixels = decode_exactly(bytearray(JPEG_MAGIC + data), in_chans) if data else None
             if pixels is not None:
                 return pixels
-    return pil_to_tensor(open_image(path, in_chans))
+    return pil_to_tensor(open_8_bit(path, in_chans))
 
 
 def decode_exactly(data: bytearray, in_chans: int) -> Tensor | None:
@@ -126,15 +139,23 @@ def is_array(path) -> bool:
 
 
 def convert_mode(img: Image.Image, mode: str) -> Image.Image:
-    """The image in this mode; raises ValueError for 32 bits per value, whose range is unknown.
-
-    16-bit values are divided by 256; Pillow would clip them at 255, to a white image.
-    """
-    if img.mode.startswith("I;16") or (img.mode == "I" and img.format == "PPM"):  # 0..65535
-        img = Image.fromarray((np.asarray(img) >> 8).astype(np.uint8))
-    elif img.mode in ("I", "F"):
+    """The image in this mode; raises ValueError for 32 bits per value, whose range is unknown."""
+    if img.mode in ("I", "F"):
         raise ValueError("it has 32 bits per value; store it as a .npy array of float32")
     return img.convert(mode)
+
+
+def is_16_bit(img: Image.Image) -> bool:
+    """Whether it is grayscale with values in 0..65535, which Pillow would clip at 255."""
+    return img.mode.startswith("I;16") or (img.mode == "I" and img.format == "PPM")
+
+
+def gray_to_tensor(array: np.ndarray, in_chans: int) -> Tensor:
+    """Grayscale uint16 (H, W) -> float32 (C, H, W) / 65535: one channel, or as RGB or RGBA."""
+    gray = to_tensor(array, 1)
+    if in_chans == 4:
+        return torch.cat([gray, gray, gray, torch.ones_like(gray)])
+    return gray.expand(in_chans, -1, -1)
 
 
 def stack_pages(img: Image.Image) -> np.ndarray:

@@ -11,6 +11,8 @@ from util.data import image_io
 from util.io.errors import BadImage
 
 GRAY_MODES = ("1", "L", "I", "F")  # prefixes of Pillow's modes with one channel
+MODE_16_BIT = "I;16"
+MIN_LEVELS = 32  # fewer in most images: values were lost somewhere, or are masks
 
 
 class ImageStats(NamedTuple):
@@ -22,6 +24,9 @@ class ImageStats(NamedTuple):
     height: int
     mean: list[float]
     mean_square: list[float]
+    low: float  # over all channels
+    high: float
+    num_levels: int  # different values of the first channel
     is_gray: bool  # all channels are equal
 
 
@@ -30,7 +35,7 @@ def inspect(path) -> ImageStats | str:
     try:
         with image_io.raising_bad_image(path), image_io.open_bytes(path) as file:
             file_format, mode, channels = read_header(file, image_io.is_array(path))
-        if channels in image_io.PIL_MODES and not image_io.is_array(path):
+        if channels in image_io.PIL_MODES and file_format != "NPY" and mode != MODE_16_BIT:
             pixels, scale = image_io.read_image(path, channels), 255
         else:
             pixels, scale = image_io.open_image(path, channels), 1
@@ -41,8 +46,10 @@ def inspect(path) -> ImageStats | str:
     for values in (channel.double() / scale for channel in pixels):
         mean.append(values.mean().item())
         mean_square.append(values.square().mean().item())
+    low, high = pixels.min().item() / scale, pixels.max().item() / scale
     is_gray = len(pixels) > 1 and bool((pixels[:3] == pixels[:1]).all())
-    return ImageStats(file_format, mode, width, height, mean, mean_square, is_gray)
+    extent = low, high, len(pixels[0].unique())
+    return ImageStats(file_format, mode, width, height, mean, mean_square, *extent, is_gray)
 
 
 def read_header(file, is_array: bool) -> tuple[str, str, int]:
@@ -51,7 +58,7 @@ def read_header(file, is_array: bool) -> tuple[str, str, int]:
         array = np.lib.format.read_array(file)
         return "NPY", str(array.dtype), array.shape[2] if array.ndim == 3 else 1
     with Image.open(file, formats=image_io.FORMATS) as img:
-        mode = img.mode
+        mode = MODE_16_BIT if image_io.is_16_bit(img) else img.mode
         if img.format == "TIFF" and img.n_frames > 1:
             channels = sum(len(page.getbands()) for page in ImageSequence.Iterator(img))
             return "TIFF", f"{img.n_frames} pages {mode}", channels
@@ -63,6 +70,18 @@ def channel_mean_std(stats: list[ImageStats]) -> tuple[list[float], list[float]]
     mean = torch.tensor([s.mean for s in stats], dtype=torch.float64).mean(dim=0)
     mean_square = torch.tensor([s.mean_square for s in stats], dtype=torch.float64).mean(dim=0)
     return mean.tolist(), (mean_square - mean.square()).clamp(min=0).sqrt().tolist()
+
+
+def levels_note(stats: list[ImageStats]) -> str:
+    """A sentence about images with very few different values, empty if most have enough."""
+    levels = sorted(s.num_levels for s in stats)
+    median = levels[len(levels) // 2] if levels else MIN_LEVELS
+    if median >= MIN_LEVELS:
+        return ""
+    return (
+        f"images have only {median} different values (median of {len(levels)}); if they were "
+        "converted from more bits, use the originals"
+    )
 
 
 def with_main_channels(stats: list[ImageStats]) -> list[ImageStats]:

@@ -87,16 +87,16 @@ def build_transform(is_train: bool, args):
 
 
 def build_array_transform(args):
-    """Fine-tuning pipeline for arrays, float (C, H, W) -> normalized: crop and flip of the recipe,
-    random erasing; no color augmentation.
+    """Fine-tuning pipeline for arrays and 16-bit images, float (C, H, W) -> normalized: crop and
+    flip of the recipe, random erasing; no color augmentation.
 
     Raises:
         UserError: --aa or --color_jitter is on.
     """
     if args.aa or args.color_jitter:
         raise UserError(
-            "--aa and --color_jitter work on 8-bit images, the data are arrays; leave them out "
-            "(--aa '')."
+            "--aa and --color_jitter work on 8-bit images, the data are arrays or 16-bit images; "
+            "leave them out (--aa '')."
         )
     crop = T.RandomResizedCrop(args.input_size, interpolation=BICUBIC)
     normalization = T.Normalize(args.mean, args.std)

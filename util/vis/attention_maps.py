@@ -121,7 +121,8 @@ def draw_attention(
     image are drawn, spread evenly over its raster order.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
-    pixels = figures.to_rgb(imgs, args.mean, args.std)
+    windows = figures.choose_windows(imgs, args.mean, args.std)
+    pixels = figures.to_rgb(imgs, args.mean, args.std, windows)
     grid = model.patch_embed.grid_size
     tile = min(TILE_SIDE, WIDTH // (1 + len(model.decoder_blocks)) - GAP)
     side = max(MIN_SIDE, tile // max(grid))  # of a patch
@@ -145,7 +146,7 @@ def draw_attention(
                 add_maps(figure, image, maps[:, i, query], place, side, top)
                 top += grid[0] * side + LINE  # room for the labels of the color bars
         top += 2 * GAP
-    return figures.fit(figure, caption, *notes(model))
+    return figures.fit(figure, caption, *notes(model), figures.windows_note(windows))
 
 
 def add_summary(

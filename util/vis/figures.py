@@ -31,6 +31,8 @@ FONT_SIZE = 7  # points
 FRAME_WIDTH = 0.5  # points
 LINE = round(1.3 * FONT_SIZE / 72 * DPI)  # pixels from one line of text to the next
 MIN_TEXT_WIDTH = int(3.4 * DPI)  # pixels
+PERCENTILES = (0.5, 99.5)  # of the values of an image that does not fill 0..1
+TOLERANCE = 0.05  # beyond 0 and 1, where resizing overshoots
 # formats by suffix, with the metadata that would make two equal figures different files
 FORMATS = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
@@ -161,16 +163,51 @@ def wrap(text: str, width: int) -> str:
     return textwrap.fill(text, letters, break_long_words=False, break_on_hyphens=False)
 
 
-def to_rgb(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def to_rgb(
+    imgs: Tensor, mean: Sequence[float], std: Sequence[float], windows: Tensor | None = None
+) -> np.ndarray:
     """Normalized images (B, C, H, W) as pixels, uint8 (B, H, W, 3).
 
-    1 or 2 channels: the first, as gray; more than 3: the first three.
+    1 or 2 channels: the first, as gray; more than 3: the first three. `windows` (B, 2) are the
+    values shown as black and white (default: 0 and 1).
     """
+    values = to_values(imgs, mean, std)
+    if windows is not None:
+        low, high = windows.view(-1, 2, 1, 1, 1).unbind(1)
+        values = (values - low) / (high - low)
+    pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_values(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalized images (B, C, H, W) in their own scale: the 3 or 1 channels that are shown."""
     shown = 3 if imgs.shape[1] >= 3 else 1
     mean, std = (torch.tensor(x[:shown], device=imgs.device).view(-1, 1, 1) for x in (mean, std))
-    pixels = (imgs[:, :shown].float() * std + mean).clamp(0, 1) * 255
-    pixels = pixels.round().to(torch.uint8).expand(-1, 3, -1, -1)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return imgs[:, :shown].float() * std + mean
+
+
+def choose_windows(imgs: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The values of each image to show as black and white, (B, 2).
+
+    0 and 1; or the percentiles PERCENTILES, where the image exceeds these or, as 12 bits stored in
+    16, fills less than a quarter of them.
+    """
+    values = to_values(imgs, mean, std).flatten(1).cpu()
+    percentiles = np.percentile(values, PERCENTILES, axis=1).T  # (B, 2)
+    low, high = values.min(1).values, values.max(1).values
+    fits = (low > -TOLERANCE) & (high < 1 + TOLERANCE) & (high > 0.25) | (low == high)
+    windows = np.where(fits[:, None], [0.0, 1.0], percentiles)
+    return torch.tensor(windows, dtype=torch.float32, device=imgs.device)
+
+
+def windows_note(windows: Tensor) -> str:
+    """A sentence for the caption; empty if every image is shown from 0 to 1."""
+    own = [window for window in windows.tolist() if window != [0, 1]]
+    if not own:
+        return ""
+    which = "The image is" if len(windows) == 1 else f"{len(own)} of {len(windows)} images are"
+    first = " (first: {:.3g} to {:.3g})".format(*own[0])
+    return f"{which} shown between percentiles {PERCENTILES[0]:g} and {PERCENTILES[1]:g}{first}."
 
 
 def check_format(path: str | Path) -> None:

@@ -66,7 +66,8 @@ def reconstruction_columns(
 
     Of gray images, the mean of the predicted channels is shown.
     """
-    original, predicted = (figures.to_rgb(x, mean, std) for x in (imgs, result.pixels))
+    windows = figures.choose_windows(imgs, mean, std)
+    original, predicted = (figures.to_rgb(x, mean, std, windows) for x in (imgs, result.pixels))
     gray = are_gray(original)
     predicted[gray] = predicted[gray].mean(axis=-1, keepdims=True).round()
     side = original.shape[1] // grid[0]
@@ -136,7 +137,9 @@ def draw_reconstructions(
             top += height + GAP
         top += GAP
     has_gray = are_gray(figures.to_rgb(imgs, args.mean, args.std)).any()
-    return figures.fit(figure, caption, *notes(model, imgs.shape[1], is_partial, has_gray))
+    window_note = figures.windows_note(figures.choose_windows(imgs, args.mean, args.std))
+    sentences = notes(model, imgs.shape[1], is_partial, has_gray)
+    return figures.fit(figure, caption, *sentences, window_note)
 
 
 def describe(result: Reconstruction, mask_ratio: float) -> str:
