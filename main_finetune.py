@@ -6,6 +6,7 @@ torchrun --nproc_per_node=4 main_finetune.py --finetune output/pretrain/checkpoi
 import argparse
 import logging
 
+import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
@@ -85,8 +86,12 @@ def check_args(args) -> None:
     check_flags(args, get_args_parser())
 
 
-def build_criterion(args):
-    """(loss, mixup function or None); with mixup, label smoothing goes into the mixed targets."""
+def build_criterion(args, labels: list[int]):
+    """(loss, mixup function or None); with mixup, label smoothing goes into the mixed targets.
+
+    Args:
+        labels: class index of every training image.
+    """
     if is_mixing(args):
         logger.info("Mixup is activated!")
         mixup_fn = Mixup(
@@ -100,7 +105,11 @@ def build_criterion(args):
             num_classes=args.nb_classes,
         )
         return SoftTargetCrossEntropy(), mixup_fn
-    return nn.CrossEntropyLoss(label_smoothing=args.smoothing), None
+    weight = None
+    if args.class_weights == "balanced":
+        counts = torch.bincount(torch.tensor(labels), minlength=args.nb_classes)
+        weight = (len(labels) / (args.nb_classes * counts)).to(args.device)
+    return nn.CrossEntropyLoss(weight, label_smoothing=args.smoothing), None
 
 
 def build_optimizer(args, model):
@@ -195,7 +204,7 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
     model, num_images = state.model, len(val_loader.dataset)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("number of params (M): %.2f", num_trainable / 1e6)
-    criterion, mixup_fn = build_criterion(args)
+    criterion, mixup_fn = build_criterion(args, [y for _, y in train_loader.dataset.samples])
     for epoch in range(state.epoch, args.epochs):
         train_loader.set_epoch(epoch, state.iteration)
         train_stats = train_one_epoch(
@@ -216,13 +225,14 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
         test_stats = evaluate(val_loader, model, args.device, state.loss_scaler.amp_dtype)
         log_accuracy(num_images, test_stats)
         if writer is not None:
-            for name in ("acc1", "acc5", "loss"):
+            for name in ("acc1", "acc5", "loss", "mean_class"):
                 writer.add_scalar(f"perf/test_{name}", test_stats[name], epoch)
         stats = {f"train_{k}": v for k, v in train_stats.items()}
         stats |= {f"test_{k}": v for k, v in test_stats.items()}
         log_epoch(args, stats | {"epoch": epoch, "n_parameters": num_trainable})
-        state.end_epoch(test_stats["acc1"])
-        logger.info("Max accuracy: %.2f%%", state.best)
+        state.end_epoch(test_stats[args.best_by])
+        kind = "accuracy" if args.best_by == "acc1" else "mean per-class accuracy"
+        logger.info("Max %s: %.2f%%", kind, state.best)
 
 
 def evaluate_checkpoint(args) -> None:

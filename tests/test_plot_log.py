@@ -44,7 +44,7 @@ def test_a_torn_last_line_is_left_out(tmp_path, caplog):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="output folder of a run"):
+    with pytest.raises(UserError, match="name a run's output folder"):
         plot_log.read_log(str(tmp_path))
     other = write_log(tmp_path / "a", ["hello", {"epoch": 0}])
     with pytest.raises(ValueError, match="Line 1"):
@@ -169,6 +169,13 @@ def test_log_scale(tmp_path, figures):
     assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log"]
     figure_to_array(figures[1])
     assert figures[1].axes[0].get_ylim()[0] > 0
+
+
+def test_a_folder_of_runs_lists_them(tmp_path):
+    for name in ("b", "a/deep"):
+        write_log(tmp_path / name, [{"epoch": 0, "train_loss": 1.0}])
+    with pytest.raises(UserError, match=f"below it: {tmp_path}/a/deep {tmp_path}/b"):
+        plot_log.read_log(str(tmp_path))
 
 
 def test_command(tmp_path):

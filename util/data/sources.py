@@ -168,13 +168,13 @@ def find_classes(folder: str | Path) -> list[str]:
         classes = [entry.name for entry in scan(folder) if is_folder(entry)]
     except OSError as error:
         raise UserError(
-            f"Cannot read the folder {folder} ({error.strerror}); --data_path must name a folder "
-            f"that holds {Path(folder).name}/."
+            f"Cannot read the folder {folder} ({error.strerror}); labels are needed here: "
+            f"--data_path must name a folder that holds {Path(folder).name}/CLASS/*."
         ) from error
     if not classes:
         raise UserError(
-            f"There is no class folder in {folder}; put the images of each class into a folder "
-            "of its own there."
+            f"There is no class folder in {folder}; labels are needed here: put the images of "
+            "each class into a folder of its own there."
         )
     return classes
 

@@ -95,6 +95,7 @@ STATE = {
     "iteration": (is_count, "an iteration from 0"),
     "meters": (is_meters, "totals and counts by name"),
     "best": (lambda x: x is None or is_number(x), "a number or None"),
+    "best_by": (lambda x: x is None or isinstance(x, str), "the name of an accuracy or None"),
     "num_images": (lambda x: x is None or is_count(x, 1), "a positive count or None"),
     "random": (are_random_states, "random states, one per rank"),
     **dict.fromkeys(

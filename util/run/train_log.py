@@ -150,11 +150,9 @@ class TrainLog:
         )
         if data_wait > DATA_WAIT_HINT and self.num_workers is not None:
             logger.info("Training waits for images: raise --num_workers (now %d)", self.num_workers)
-        scalars = {
-            "img_per_s": speed,
-            "data_wait": data_wait,
-            "loss_scale": self.loss_scaler.loss_scale,
-        }
+        scalars = {"img_per_s": speed, "data_wait": data_wait}
+        if self.loss_scaler.scaler.is_enabled():
+            scalars["loss_scale"] = self.loss_scaler.loss_scale
         last = len(self.data_loader) - 1  # the next step is what a resumed run purges
         self.write(last, scalars)
         return metrics.averages() | self.count_replaced()
