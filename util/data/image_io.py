@@ -1,8 +1,8 @@
 """Opening images: one place, so that every error names its file.
 
 An image is a file, or a member of a tar file (util.data.shards). Pillow and the JPEG decoder read
-8-bit images with 1, 3 or 4 channels; NumPy arrays (.npy), 16-bit grayscale and TIFF files of several
-pages become float32.
+8-bit images with 1, 3 or 4 channels; NumPy arrays (.npy), 16-bit grayscale and TIFF files of
+several pages become float32.
 
 Shapes: C channels, H height, W width.
 """
