@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.build import load_trained
-from util.data.sources import check_same_classes, list_classes
+from util.data.labels import check_same_classes, list_labeled
 from util.eval.inference import (
     add_inference_flags,
     build_inference_loader,
@@ -140,7 +140,7 @@ def list_splits(data_path: str) -> tuple[list[str], list, list]:
     Raises:
         UserError: one of them is missing or has an empty class, or their classes differ.
     """
-    train, val = (list_classes(Path(data_path, split)) for split in ("train", "val"))
+    train, val = (list_labeled(Path(data_path, split)) for split in ("train", "val"))
     check_same_classes(data_path, train.classes, val.classes)
     return train.classes, train.samples, val.samples
 
