@@ -16,9 +16,10 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.callbacks import TqdmCallback
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
-from processes import FINETUNE, PRETRAIN, fork_server, read_log
+from processes import FINETUNE, PRETRAIN, SAVE_EVERY_STEP, fork_server, read_log
 from test_labels import pack
 
 from tools import knn
@@ -70,6 +71,7 @@ def bucket(shards, monkeypatch):
 
     def recorded(self, rpath, *args, **options):
         copied.append(Path(rpath).name)
+        assert isinstance(options["callback"], TqdmCallback)  # the Hub's fast path needs it
         return get_file(self, rpath, *args, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", recorded)
@@ -314,7 +316,7 @@ def tar_requests(server) -> list[str]:
 @needs_aiohttp
 def test_two_ranks_train_as_on_local_shards(shards, tmp_path):
     """From a http server: each shard is requested once, and never again; the logs are equal. Killed
-    in the middle of a copy, and resumed in the middle of an epoch.
+    in the middle of a copy, and then in the middle of the second epoch.
     """
     cache, logs = tmp_path / "cache", []
     with serve(shards) as (url, server):
@@ -341,8 +343,23 @@ def test_two_ranks_train_as_on_local_shards(shards, tmp_path):
             assert [run.wait(120) for run in runs] == [0, 0], runs[0].text()
             logs.append((read_log(out), tar_requests(server)))
         assert f"30 images in 3 shards of {cache}/http/127.0.0.1" in runs[0].text()
-    (first, requests), (second, again) = logs
-    assert requests == ["/set-0001.tar", "/set-0002.tar"] and again == []
+        (first, requests), (second, again) = logs
+        assert requests == ["/set-0001.tar", "/set-0002.tar"] and again == []
+        out = tmp_path / "resumed"
+        out.mkdir()
+        command[-1] = out
+        slow = dict.fromkeys((0, 1), {"delay": 0.3})
+        runs = fork_server.start_group(2, [*command, *SAVE_EVERY_STEP], out, faults=slow)
+        steps = out / "steps.0"
+        wait_for(lambda: steps.exists() and len(steps.read_text().splitlines()) >= 4, 60)
+        for run in runs:
+            run.kill()
+        for run in runs:
+            run.wait()
+        assert len(read_log(out)) == 1
+        runs = fork_server.start_group(2, command, out)
+        assert [run.wait(120) for run in runs] == [0, 0], runs[0].text()
+        assert read_log(out) == first and not tar_requests(server)
     out = tmp_path / "local"
     out.mkdir()
     local = ["--data_path", f"{shards}/set-{{0000..0002}}.tar", "--output_dir", out]

@@ -144,7 +144,8 @@ def list_folder_shards(
         except Exception as error:
             raise could_not_read(folder, error) from error
         check_kinds(folder, paths, is_folder=True)
-        shards += [Shard(path, Path(local, part, Path(path).name)) for path in paths]
+        urls = map(file_system.unstrip_protocol, paths)
+        shards += [Shard(url, Path(local, part, Path(url).name)) for url in urls]
         if shards and any_part:
             break
         if not (paths or any_part):
@@ -204,9 +205,11 @@ def copy_missing(file_system, shards: list[Shard], cache: Path, stop: threading.
             f"{in_gib(free)} free; make room, choose another folder, or name fewer shards."
         )
     text = f"{len(missing)} of {len(shards)} shards"
-    with tqdm(desc=text, total=sum(sizes), unit="B", unit_scale=True, unit_divisor=1024) as bar:
+    sized = dict(total=sum(sizes), unit="B", unit_scale=True, unit_divisor=1024)
+    with StoppableBar(desc=text, **sized) as bar:
+        bar.stop = stop
         for shard, size in zip(missing, sizes, strict=True):
-            copy_shard(file_system, shard, size, bar, stop)
+            copy_shard(file_system, shard, size, bar)
 
 
 def ask_size(file_system, remote: str) -> int:
@@ -223,19 +226,33 @@ def in_gib(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
-def copy_shard(file_system, shard: Shard, size: int, bar: tqdm, stop: threading.Event) -> None:
-    """Copy one shard; it appears complete or not at all."""
-    from fsspec.callbacks import Callback
+class StoppableBar(tqdm):
+    """Bar of the bytes copied, whose update raises InterruptedError when `stop` is set."""
 
-    class Progress(Callback):
-        def relative_update(self, inc: int = 1) -> None:
-            if stop.is_set():
-                raise InterruptedError(errno.EINTR, "stopped")
-            bar.update(inc)
+    stop = threading.Event()  # replaced
+
+    def update(self, n: float = 1) -> bool | None:
+        if self.stop.is_set():
+            raise InterruptedError(errno.EINTR, "stopped")
+        return super().update(n)
+
+
+def copy_shard(file_system, shard: Shard, size: int, bar: StoppableBar) -> None:
+    """Copy one shard; it appears complete or not at all."""
+    from fsspec.callbacks import TqdmCallback  # the only kind that the Hub's fast download takes
+
+    class OneBar(TqdmCallback):
+        """The same bar for all shards."""
+
+        def set_size(self, size) -> None:
+            self.tqdm = bar
+
+        def close(self) -> None:
+            pass
 
     with atomic_write(shard.local) as tmp_path:
         try:
-            file_system.get_file(shard.remote, str(tmp_path), callback=Progress())
+            file_system.get_file(shard.remote, str(tmp_path), callback=OneBar())
         except Exception as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise  # of this machine's disk
