@@ -21,6 +21,7 @@ from util.data.checks import (
     drop_default_policy,
 )
 from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.remote import localize
 from util.datasets import build_dataset
 from util.distributed import broadcast_buffers, wrap_ddp
 from util.eval.predict import predict
@@ -146,6 +147,8 @@ def build_model(args, checkpoint: dict | None):
         check_cutmix(args)
         drop_default_policy(args)
         check_augmentation(args)
+    parts = ["val"] if args.eval else ["train", "val"]
+    args.data_path = localize(args.data_path, args.shard_cache, *parts)
     check_classes(args)
     if args.resume:
         check_trained_classes(args, checkpoint)

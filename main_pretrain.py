@@ -11,6 +11,7 @@ from engine_pretrain import train_one_epoch
 from util.build import build_pretrain_model
 from util.checkpoint import init_from
 from util.data.loaders import build_train_loader
+from util.data.remote import localize
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.layers.attention import get_attention_backend
@@ -153,6 +154,7 @@ def main(args) -> None:
     if checkpoint is not None:
         adopt_input(args, get_args_parser(), checkpoint.get("args", {}), args.resume)
     set_mean_std(args)
+    args.data_path = localize(args.data_path, args.shard_cache, "train", "", any_part=True)
     dataset = build_pretrain_dataset(args)  # before the model: mistakes show at once
     loader = build_train_loader(dataset, args)
     amp_dtype = choose_amp_dtype(args.amp, args.device)

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.build import load_trained
-from util.data.sources import check_same_classes, list_classes
+from util.data.labels import check_same_classes, list_labeled
+from util.data.remote import localize
 from util.eval.inference import (
     add_inference_flags,
     build_inference_loader,
@@ -45,6 +46,7 @@ def get_args_parser() -> FlagParser:
     parser = FlagParser("python -m tools.knn", description=__doc__.splitlines()[0])
     flag = partial(add_flag, parser)
     flag("--data_path", str, None, "folder with train/ and val/", required=True)
+    flag("--shard_cache", str, None, "where shards at a URL are copied to", metavar="DIR")
     text = "numbers of neighbors (default: 1 5 10 20 100)"
     flag("--k", int, [1, 5, 10, 20, 100], text, nargs="+")
     flag("--temperature", float, 0.07, "T of the vote")
@@ -140,14 +142,15 @@ def list_splits(data_path: str) -> tuple[list[str], list, list]:
     Raises:
         UserError: one of them is missing or has an empty class, or their classes differ.
     """
-    train, val = (list_classes(Path(data_path, split)) for split in ("train", "val"))
+    train, val = (list_labeled(Path(data_path, split)) for split in ("train", "val"))
     check_same_classes(data_path, train.classes, val.classes)
     return train.classes, train.samples, val.samples
 
 
 def main(args: argparse.Namespace) -> None:
     check_ranges(args, {"temperature": "(0, inf]"})
-    classes, train, val = list_splits(args.data_path)
+    data_path = localize(args.data_path, args.shard_cache, "train", "val")
+    classes, train, val = list_splits(data_path)
     ks = choose_ks(args.k, len(train))
     model, trained = load_trained(args.checkpoint, model=args.model)
     set_inference_flags(trained, args)

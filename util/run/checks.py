@@ -94,6 +94,11 @@ def check_shared(args: argparse.Namespace) -> None:
                 "--data_path is empty (an unset variable?); name the folder of the data.",
             ),
             (
+                bool(getattr(args, "shard_cache", None))
+                and "://" not in (getattr(args, "predict", "") or args.data_path),
+                "--shard_cache is for tar files at a URL: leave it out.",
+            ),
+            (
                 args.compile and args.grad_checkpointing,
                 "--compile plans memory itself: leave out --grad_checkpointing.",
             ),

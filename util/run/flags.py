@@ -94,9 +94,11 @@ def add_data_flags(flag) -> None:
     text = (
         "folder with train/ and val/, each with one folder per class; pre-training takes any "
         "folder of images, a text file that lists them, or tar files (NAME-{0000..0003}.tar or "
-        "their folder)"
+        "their folder; also at a URL: hf://datasets/..., s3://, gs://, https://)"
     )
     flag("--data_path", str, IMAGENET_AT_META, text)
+    text = "folder of this machine to which tar files at a URL are copied, once"
+    flag("--shard_cache", str, None, text, metavar="DIR")
     text = "in training, replace an unreadable image by the next one and count it"
     flag("--skip_bad_images", bool, False, text)
     text = "of images in 0..1 (default: ImageNet's; 0.5 unless 3 channels)"
