@@ -17,6 +17,7 @@ within the noise floor shows no difference.
 
 import argparse
 import json
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 import models_vit
 from tools.benchmark_step import measure_optimizer, measure_save, measure_step

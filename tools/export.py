@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,8 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from tools.timm_model import to_timm
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained

@@ -15,10 +15,13 @@ Shapes: N images, L patches, D encoder width, K classes.
 import argparse
 import logging
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.build import load_trained
 from util.data.sources import ImageList, list_images, path_below

@@ -12,6 +12,7 @@ Shapes: B query images, M training images, D encoder width, K classes, k neighbo
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.build import load_trained
 from util.data.sources import check_same_classes, list_classes

@@ -104,8 +104,14 @@ def load_trained(
     Raises:
         CheckpointError: the file cannot be read, or does not say which model it holds.
     """
-    checkpoint = read_checkpoint(source)
-    weights = weights_of(checkpoint, str(source))
+    return model_of(read_checkpoint(source), str(source), attention_backend, **changes)
+
+
+def model_of(
+    checkpoint: dict, source: str, attention_backend=None, **changes
+) -> tuple[nn.Module, argparse.Namespace]:
+    """What load_trained returns, of a checkpoint that was read already."""
+    weights = weights_of(checkpoint, source)
     found = checkpoint_type(weights)
     if found not in ("pre-training", "fine-tuned"):
         raise CheckpointError(
@@ -132,5 +138,5 @@ def load_trained(
             model.freeze_for_probe()
     else:
         model = build_pretrain_model(args, attention_backend)
-    load_strict(model, weights, str(source))
+    load_strict(model, weights, source)
     return model.eval(), args
