@@ -46,6 +46,7 @@ from util.run.output_dir import (
     prepare_output,
     resolve_resume,
 )
+from util.run.replay import replay_step, write_nothing
 from util.run.setup import log_epoch, set_lr, start_run, tensorboard_writer, training_time
 from util.run.signals import install_handlers
 from util.run.startup import log_summary, startup_summary, write_run_json
@@ -151,6 +152,8 @@ def build_model(args, checkpoint: dict | None):
 def train(args) -> None:
     """Prepare a run and train: epochs of training, evaluation, logging and saving."""
     checkpoint = resolve_resume(args)
+    if args.replay:
+        write_nothing(args)
     if checkpoint is None and args.finetune:
         checkpoint = read_checkpoint(args.finetune)
     model, amp_dtype, attention_text = build_model(args, checkpoint)
@@ -186,7 +189,11 @@ def train(args) -> None:
         compile_blocks(model)
     ddp_model = wrap_ddp(model, args.device, find_unused_parameters=False)
     install_handlers()
-    with training_time(args, state), tensorboard_writer(args, state, len(train_loader)) as writer:
+    with (
+        training_time(args, state),
+        tensorboard_writer(args, state, len(train_loader)) as writer,
+        replay_step(args, state, ddp_model, train_loader),
+    ):
         run_epochs(args, state, ddp_model, train_loader, val_loader, writer)
 
 

@@ -26,6 +26,7 @@ from util.run.output_dir import (
     prepare_output,
     resolve_resume,
 )
+from util.run.replay import replay_step, write_nothing
 from util.run.setup import log_epoch, set_lr, start_run, tensorboard_writer, training_time
 from util.run.signals import install_handlers
 from util.run.startup import log_summary, startup_summary, write_run_json
@@ -150,6 +151,8 @@ def main(args) -> None:
     check_args(args)
     start_run(args)
     checkpoint = resolve_resume(args)
+    if args.replay:
+        write_nothing(args)
     if checkpoint is not None:
         adopt_input(args, get_args_parser(), checkpoint.get("args", {}), args.resume)
     set_mean_std(args)
@@ -181,7 +184,11 @@ def main(args) -> None:
         compile_blocks(model)
     ddp_model = wrap_ddp(model, args.device, args.find_unused_parameters or model.has_unused_blocks)
     install_handlers()
-    with training_time(args, state), tensorboard_writer(args, state, len(loader)) as writer:
+    with (
+        training_time(args, state),
+        tensorboard_writer(args, state, len(loader)) as writer,
+        replay_step(args, state, ddp_model, loader),
+    ):
         image_log = ImageLog(args, writer, loader)
         for epoch in range(state.epoch, args.epochs):
             loader.set_epoch(epoch, state.iteration)

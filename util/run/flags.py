@@ -120,6 +120,11 @@ def add_run_flags(flag) -> None:
     flag("--seed", int, 0, "the rank is added")
     text = "checkpoint to resume from: a file, an https:// or hf:// URL, or `auto` for the newest "
     flag("--resume", str, "", text + "complete one in the output folder")
+    text = (
+        "take this step of an earlier run once more, from the newest checkpoint of the output "
+        "folder or --resume, and name the first module that is not finite; writes nothing"
+    )
+    flag("--replay", int, None, text, nargs=2, metavar=("EPOCH", "ITERATION"))
     flag("--save_every", int, 1, "epochs between checkpoint.pth")
     text = "also save inside an epoch, this often (default: 0, only at its end)"
     flag("--save_every_minutes", float, 0, text)

@@ -44,6 +44,7 @@ class RunState:
         self.last_save = time.monotonic()
         self.last_saved = ""  # file and position of this run's last checkpoint, for messages
         self.writer = None  # TensorBoard's, flushed before a save
+        self.replay = None  # a StepWatch, for --replay
 
     def resume(self, checkpoint: dict | None = None) -> None:
         """Restore the run from args.resume, if it names a checkpoint.
