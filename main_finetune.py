@@ -8,11 +8,12 @@ import logging
 
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine_finetune import evaluate, train_one_epoch
 from util.build import build_classifier
-from util.checkpoint import load_model, load_pretrained
+from util.checkpoint import load_model, load_pretrained, with_ema_weights
 from util.data.checks import (
     check_augmentation,
     check_classes,
@@ -169,7 +170,8 @@ def train(args) -> None:
     model.to(args.device)
     optimizer = build_optimizer(args, model)
     loss_scaler = NativeScalerWithGradNormCount(amp_dtype, args.device.type)
-    state = RunState(args, model, optimizer, loss_scaler)
+    ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
+    state = RunState(args, model, optimizer, loss_scaler, ema)
     state.resume(checkpoint)
     del checkpoint  # as large as the model and its optimizer
 
@@ -222,9 +224,11 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
         broadcast_buffers(model)
         test_stats = evaluate(val_loader, model, args.device, state.loss_scaler.amp_dtype)
         log_accuracy(num_images, test_stats)
+        if state.ema is not None:
+            test_stats |= evaluate_ema(args, state, val_loader)
         if writer is not None:
-            for name in ("acc1", "acc5", "loss"):
-                writer.add_scalar(f"perf/test_{name}", test_stats[name], epoch)
+            for name, value in test_stats.items():
+                writer.add_scalar(f"perf/test_{name}", value, epoch)
         stats = {f"train_{k}": v for k, v in train_stats.items()}
         stats |= {f"test_{k}": v for k, v in test_stats.items()}
         log_epoch(args, stats | {"epoch": epoch, "n_parameters": num_trainable})
@@ -232,11 +236,22 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
         logger.info("Max accuracy: %.2f%%", state.best)
 
 
+def evaluate_ema(args, state: RunState, val_loader) -> dict[str, float]:
+    """The entries of `evaluate` for the moving average of the weights, named ema_*."""
+    model = state.ema.module
+    broadcast_buffers(model)
+    stats = evaluate(val_loader, model, args.device, state.loss_scaler.amp_dtype)
+    logger.info("Accuracy of the averaged weights (--model_ema): %.1f%%", stats["acc1"])
+    return {f"ema_{name}": value for name, value in stats.items()}
+
+
 def evaluate_checkpoint(args) -> None:
     """--eval: accuracy of the --resume checkpoint on DATA/val, and the --report."""
     if args.report:
         make_writable(args.report, "report")
     checkpoint = read_checkpoint(args.resume)
+    if args.model_ema:
+        checkpoint = with_ema_weights(checkpoint, args.resume)
     model, amp_dtype, _ = build_model(args, checkpoint)
     load_model(args, model, checkpoint=checkpoint)
     model.to(args.device)

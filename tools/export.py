@@ -237,13 +237,14 @@ def get_args_parser() -> FlagParser:
     flag("--out", Path, None, "folder for timm, else a file", required=True)
     flag("--features", bool, False, "onnx of a fine-tuned checkpoint: features instead of logits")
     flag("--model", str, None, "name of the model, if the checkpoint does not hold it")
+    flag("--model_ema", bool, False, "export the average that main_finetune.py --model_ema kept")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     if args.features and args.to != "onnx":
         raise UserError("--features belongs to --to onnx; leave it out.")
-    model, trained = load_trained(args.checkpoint, model=args.model)
+    model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
     if model.kind == "classifier" and isinstance(model.head, nn.Sequential):
         fold_probe(model)
         trained.linear_probe = False

@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out.suffix not in (".npz", ".npy"):
         raise UserError(f"--out {args.out} must end in .npz, or in .npy for large sets.")
     images = list_labelled(args.data)
-    model, trained = load_trained(args.checkpoint, model=args.model)
+    model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
     set_inference_flags(trained, args)
     which = args.which or default_feature(model)
     model.to(trained.device)

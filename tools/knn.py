@@ -152,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
     check_ranges(args, {"temperature": "(0, inf]"})
     classes, train, val = list_splits(args.data_path)
     ks = choose_ks(args.k, len(train))
-    model, trained = load_trained(args.checkpoint, model=args.model)
+    model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
     set_inference_flags(trained, args)
     which = args.which or default_feature(model)
     model.to(trained.device)

@@ -8,7 +8,7 @@ from torch import nn
 import models_cross
 import models_mae
 import models_vit
-from util.checkpoint import load_strict
+from util.checkpoint import load_strict, with_ema_weights
 from util.io.checkpoint_file import checkpoint_type, read_checkpoint, weights_of
 from util.io.errors import CheckpointError, UserError
 from util.layers.masking import num_visible_and_predicted
@@ -91,7 +91,7 @@ def find_factory(module, prefix: str, name: str):
 
 
 def load_trained(
-    source: str | Path, attention_backend=None, **changes
+    source: str | Path, attention_backend=None, model_ema: bool = False, **changes
 ) -> tuple[nn.Module, argparse.Namespace]:
     """Model of a checkpoint in evaluation mode on the CPU, and the arguments it was trained with.
 
@@ -99,12 +99,16 @@ def load_trained(
 
     Args:
         source: path, https:// or hf:// URL.
+        model_ema: the moving average that --model_ema kept, instead of the weights.
         changes: arguments for what the file does not say, such as model="mae_vit_base_patch16".
 
     Raises:
         CheckpointError: the file cannot be read, or does not say which model it holds.
     """
-    return model_of(read_checkpoint(source), str(source), attention_backend, **changes)
+    checkpoint = read_checkpoint(source)
+    if model_ema:
+        checkpoint = with_ema_weights(checkpoint, str(source))
+    return model_of(checkpoint, str(source), attention_backend, **changes)
 
 
 def model_of(

@@ -30,6 +30,7 @@ def add_inference_flags(parser, batch_size: int = 64) -> None:
     text = "of main_pretrain.py or main_finetune.py: file or URL"
     flag("--checkpoint", str, None, text, required=True)
     flag("--model", str, None, "name of the model, needed only if the checkpoint does not hold it")
+    flag("--model_ema", bool, False, "use the average that main_finetune.py --model_ema kept")
     flag("--batch_size", int, batch_size, "images per forward pass")
     flag("--num_workers", int, DEFAULT_WORKERS, "DataLoader workers (default: %(default)s here)")
     flag("--device", str, None, "cuda or cpu (default: cuda if available)")
