@@ -63,11 +63,13 @@ def describe_transform(args) -> str:
     )
 
 
-def build_inference_loader(samples, classes: list[str], args) -> DeviceLoader:
-    """Loader of (path, class index) samples in order, with the evaluation transform."""
+def build_inference_loader(samples, classes: list[str], args, split=False) -> DeviceLoader:
+    """Loader of (path, class index) samples in order, with the evaluation transform; with `split`,
+    of this rank's part of them.
+    """
     read = partial(open_image, in_chans=args.in_chans)
     dataset = ImageDataset(samples, classes, build_transform(False, args), read)
-    return build_eval_loader(dataset, args, split=False)
+    return build_eval_loader(dataset, args, split)
 
 
 @torch.inference_mode()

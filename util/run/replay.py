@@ -29,7 +29,7 @@ def write_nothing(args) -> None:
     """Leave the output of the run that is replayed as it is."""
     args.output_dir = args.log_dir = ""
     args.save_every_minutes = 0
-    args.log_images = 0
+    args.log_images = args.knn_every = 0
 
 
 @contextlib.contextmanager
