@@ -72,10 +72,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line; --linear_probe changes the defaults of the others."""
-    parser = get_args_parser()
-    if parser.parse_args(argv).linear_probe:
-        parser.set_defaults(**LINEAR_PROBE)
-    return parse_flags(parser, argv)
+    return parse_flags(get_args_parser(), argv, {"linear_probe": LINEAR_PROBE})
 
 
 def check_args(args) -> None:

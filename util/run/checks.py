@@ -94,6 +94,10 @@ def check_shared(args: argparse.Namespace) -> None:
                 "--data_path is empty (an unset variable?); name the folder of the data.",
             ),
             (
+                bool(args.config),
+                f"--config {args.config} was not read: parse the flags with parse_flags.",
+            ),
+            (
                 args.compile and args.grad_checkpointing,
                 "--compile plans memory itself: leave out --grad_checkpointing.",
             ),
