@@ -18,6 +18,7 @@ within the noise floor shows no difference.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from functools import partial
 from io import BytesIO
@@ -28,6 +29,8 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 import models_vit
 from tools.benchmark_step import measure_optimizer, measure_save, measure_step

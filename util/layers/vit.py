@@ -50,7 +50,7 @@ class ViTBackbone(nn.Module):
     They do so themselves because the published checkpoints differ in the order of these tensors.
     """
 
-    kind: str  # "mae", "crossmae" or "classifier"
+    kind: str  # "mae", "crossmae", "classifier" or "encoder"
     grad_checkpointing = False  # keep only block inputs and run each block again in backward
     has_unused_blocks = False  # whether the last encoder blocks get no gradient
 
@@ -114,6 +114,28 @@ class ViTBackbone(nn.Module):
         *_, x = self.run_blocks(self.embed(imgs))
         x = getattr(self, "norm", nn.Identity())(x)
         return Features(x[:, 0], x[:, 1:])
+
+
+class Encoder(ViTBackbone):
+    """The encoder of a model, without decoder or head; `forward` returns its Features."""
+
+    kind = "encoder"
+
+    def __init__(self, model: ViTBackbone):
+        """
+        Args:
+            model: whose modules and parameters these are.
+        """
+        nn.Module.__init__(self)
+        self.embed_dim = model.embed_dim
+        self.cls_token, self.pos_embed = model.cls_token, model.pos_embed
+        self.patch_embed, self.blocks = model.patch_embed, model.blocks
+        if hasattr(model, "norm"):
+            self.norm = model.norm
+
+    def forward(self, imgs: Tensor) -> Features:
+        """imgs (B, C, H, W), nothing masked."""
+        return self.forward_features(imgs)
 
 
 class MaskedAutoencoder(ViTBackbone):
