@@ -28,7 +28,7 @@ def test_json_on_the_last_line(what, image_folder):
     assert result["what"] == what and result["ratio_median"] > 0 and result["ratio_min"] > 0
     assert {"noise_floor", "images_per_s", "peak_memory_ratio"} <= set(result)
     if what == "step":
-        assert 0.1 < result["peak_memory_ratio"] < 0.8 and result["images_per_s"] > 0
+        assert 0.1 < result["peak_memory_ratio"] < 1 and result["images_per_s"] > 0
     if what == "loader":
         assert result["mean_grey_level_difference"] < 0.2
 

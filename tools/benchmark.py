@@ -140,6 +140,8 @@ def get_args_parser() -> FlagParser:
     flag("--amp", str, "auto", "autocast dtype", choices=amp_types)
     flag("--enable_flash_attention2", bool, False, "not in the reference")
     flag("--grad_checkpointing", bool, False, "not in the reference")
+    text = "operations computed again in backward"
+    flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
     flag("--compile", bool, False, "compile the blocks; not in the reference")
     flag("--repeats", int, 7, "pairs measured")
     flag("--steps", int, 1, "calls per timing; GPU: 20 or more")

@@ -61,7 +61,7 @@ def build_model(args, device: torch.device) -> nn.Module:
         attention_backend=get_attention_backend(args.enable_flash_attention2, device, amp_dtype),
         **options,
     )
-    model.grad_checkpointing = args.grad_checkpointing
+    model.set_recompute("blocks" if args.grad_checkpointing else args.recompute)
     return model.to(device).train()
 
 
