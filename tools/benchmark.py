@@ -12,6 +12,10 @@ within the noise floor shows no difference.
 --what loader     images per second of one process: --loader fast against --loader recipe, with the
                   same crops of JPEG files
 --what eval       forward of the fine-tuned classifier, against timm's VisionTransformer
+--what traffic    kernels, bytes moved and bytes kept for backward by forward and backward of
+                  pre-training, counted without data for a GPU (bf16 unless --amp off), against the
+                  reference implementation; with the speed that these allow at the rates that the
+                  vendors state: an estimate, not a measurement
 --what save       writing a checkpoint with optimizer state, against torch.save in place
 """
 
@@ -30,6 +34,7 @@ import models_vit
 from tools.benchmark_step import measure_optimizer, measure_save, measure_step
 from tools.measure import Timer, compare, count_flops, peak_memory
 from tools.timm_model import to_timm
+from tools.traffic import measure_traffic
 from util.build import find_factory
 from util.data.image_io import open_image, read_image
 from util.data.sources import find_images
@@ -120,6 +125,7 @@ MEASURES = {
     "loader": measure_loader,
     "eval": measure_eval,
     "save": measure_save,
+    "traffic": measure_traffic,
 }
 
 
