@@ -538,6 +538,7 @@ def write_checkpoint(path: Path, kind: str = "cross", **changes) -> Path:
         kept_mask_ratio=0.75,
         norm_pix_loss=True,
         grad_checkpointing=False,
+        recompute="none",
     )
     if kind == "fine-tuned":
         args |= dict(model="vit_mini_patch4", nb_classes=5, drop_path=0.0, global_pool=True)

@@ -12,6 +12,10 @@ within the noise floor shows no difference.
 --what loader     images per second of one process: --loader fast against --loader recipe, with the
                   same crops of JPEG files; then every installed JPEG decoder alone
 --what eval       forward of the fine-tuned classifier, against timm's VisionTransformer
+--what traffic    kernels, bytes moved and bytes kept for backward by forward and backward of
+                  pre-training, counted without data for a GPU (bf16 unless --amp off), against the
+                  reference implementation; with the speed that these allow at the rates that the
+                  vendors state: an estimate, not a measurement
 --what save       writing a checkpoint with optimizer state, against torch.save in place
 """
 
@@ -36,6 +40,7 @@ import models_vit
 from tools.benchmark_step import measure_optimizer, measure_save, measure_step
 from tools.measure import Timer, compare, count_flops, peak_memory
 from tools.timm_model import to_timm
+from tools.traffic import measure_traffic
 from util.build import find_factory
 from util.data.image_io import open_image, read_image
 from util.data.jpeg import DECODERS
@@ -147,6 +152,7 @@ MEASURES = {
     "loader": measure_loader,
     "eval": measure_eval,
     "save": measure_save,
+    "traffic": measure_traffic,
 }
 
 
@@ -167,6 +173,8 @@ def get_args_parser() -> FlagParser:
     flag("--amp", str, "auto", "autocast dtype", choices=amp_types)
     flag("--enable_flash_attention2", bool, False, "not in the reference")
     flag("--grad_checkpointing", bool, False, "not in the reference")
+    text = "operations computed again in backward"
+    flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
     flag("--compile", bool, False, "compile the blocks; not in the reference")
     flag("--repeats", int, 7, "pairs measured")
     flag("--steps", int, 1, "calls per timing; GPU: 20 or more")

@@ -107,6 +107,15 @@ def check_shared(args: argparse.Namespace) -> None:
                 "--compile plans memory itself: leave out --grad_checkpointing.",
             ),
             (
+                args.recompute != "none" and args.grad_checkpointing,
+                f"--grad_checkpointing already recomputes whole blocks: leave out --recompute "
+                f"{args.recompute}.",
+            ),
+            (
+                args.recompute != "none" and bool(args.compile),
+                f"--compile plans memory itself: leave out --recompute {args.recompute}.",
+            ),
+            (
                 args.skip_bad_images and getattr(args, "eval", False),
                 "--skip_bad_images is for training; --eval counts every image: leave it out.",
             ),

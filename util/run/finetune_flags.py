@@ -178,8 +178,8 @@ def ignored_flags(args) -> dict[str, str]:
     if args.linear_probe:
         ignored["layer_decay"] = "--linear_probe trains the head alone"
     if args.eval or args.predict:
-        names = "compile mixup cutmix cutmix_minmax layer_decay clip_grad class_weights best_by"
-        names = [*names.split(), "model_ema_decay"]
+        names = "compile recompute mixup cutmix cutmix_minmax layer_decay clip_grad class_weights"
+        names = [*names.split(), "best_by", "model_ema_decay"]
         ignored |= dict.fromkeys(names, "nothing is trained")
     if args.predict:
         names = ("input_size", "patch_size", "in_chans", "mean", "std", "skip_bad_images")

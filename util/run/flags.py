@@ -72,6 +72,11 @@ def add_model_flags(flag) -> None:
     flag("--enable_flash_attention2", bool, False, text)
     text = "keep only block inputs and run every block again in backward: less memory, slower"
     flag("--grad_checkpointing", bool, False, text)
+    text = (
+        "compute again in backward instead of storing: gelu, less memory for more memory traffic; "
+        "all, LayerNorm too"
+    )
+    flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
     text = "torch.compile every transformer block; the first step then takes minutes"
     flag("--compile", bool, False, text)
 
