@@ -81,13 +81,19 @@ def noise(model, count: int = 3) -> torch.Tensor:
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(7))
 
 
+def create_from(config: dict, **changes):
+    """The timm model of a config.json."""
+    options = {"num_classes": config["num_classes"]} | config["model_args"] | changes
+    return timm.create_model(config["architecture"], **options)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_timm_model_gives_the_same_outputs(kind, save, tmp_path):
     """From the folder alone: create_model with its arguments, strict load, compare."""
     file, model = save(kind)
     call(file, "timm", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    timm_model = timm.create_model(config["architecture"], **config["model_args"]).eval()
+    timm_model = create_from(config).eval()
     timm_model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
     assert type(timm_model) is timm.models.VisionTransformer
     imgs = noise(model)
@@ -104,8 +110,7 @@ def test_timm_encoder_pools_the_mean_when_asked(kind, save, tmp_path):
     file, model = save(kind)
     call(file, "timm", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    options = config["model_args"] | {"global_pool": "avg"}
-    timm_model = timm.create_model(config["architecture"], **options).eval()
+    timm_model = create_from(config, global_pool="avg").eval()
     timm_model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
     imgs = noise(model)
     with torch.no_grad():
@@ -128,6 +133,44 @@ def test_timm_opens_the_folder(kind, save, tmp_path):
         torch.testing.assert_close(timm_model(imgs), expected, rtol=0, atol=1e-5)
     if kind.startswith("vit"):
         assert list(timm_model.pretrained_cfg["label_names"]) == CLASSES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_opens_the_timm_folder(kind, save, tmp_path):
+    """AutoModel..., AutoImageProcessor and the pipeline, with our class names."""
+    transformers = pytest.importorskip("transformers")
+    file, model = save(kind)
+    out = str(tmp_path / "out")
+    call(file, "timm", Path(out))
+    imgs = noise(model)
+    with torch.no_grad():
+        encoder = transformers.AutoModel.from_pretrained(out).eval()
+        features = model.forward_features(imgs)
+        tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
+        found = encoder(pixel_values=imgs).last_hidden_state
+        torch.testing.assert_close(found, tokens, rtol=0, atol=1e-5)
+        if not kind.startswith("vit"):
+            return
+        classifier = transformers.AutoModelForImageClassification.from_pretrained(out).eval()
+        found = classifier(pixel_values=imgs).logits
+        torch.testing.assert_close(found, model(imgs), rtol=0, atol=1e-5)
+    assert list(classifier.config.id2label.values()) == CLASSES
+    if kind in ("vit_mean", "vit_cls"):
+        img = Image.new("RGB", (70, 50), (200, 30, 60))
+        predictions = transformers.pipeline("image-classification", model=out)(img, top_k=5)
+        assert {entry["label"] for entry in predictions} == set(CLASSES)
+
+
+def test_1000_unnamed_classes_get_neutral_names(tiny_vit, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    factory = partial(models_vit.VisionTransformer, **ENCODER)
+    monkeypatch.setattr(models_vit, "vit_tiny", factory, raising=False)
+    args = dict(model="vit_tiny", input_size=32, patch_size=8)
+    entries = {"model": tiny_vit(num_classes=1000).state_dict(), "args": args}
+    torch.save(entries, tmp_path / "c.pth")
+    call(tmp_path / "c.pth", "timm", tmp_path / "out")
+    model = transformers.AutoModelForImageClassification.from_pretrained(str(tmp_path / "out"))
+    assert model.config.id2label[0] == "class 0" and model.config.id2label[999] == "class 999"
 
 
 @pytest.mark.parametrize("kind", ["vit_mean", "vit_nonsquare"])

@@ -5,6 +5,8 @@ A room is a folder; what it may import is one line below.
 """
 
 import ast
+import re
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -136,3 +138,14 @@ def test_matplotlib_is_imported_by_figures_only():
 def test_nothing_of_the_project_imports_the_tests():
     for name, names in IMPORTS.items():
         assert not [other for other in names if other.split(".")[0] in ("tests", "pytest")], name
+
+
+def test_imported_packages_are_declared():
+    """Everything but the standard library and the optional packages, which docs/install.md lists."""
+    optional = "flash_attn onnxruntime sklearn transformers".split()
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    declared = {re.split(r"[^\w-]", line)[0].lower() for line in lines if line[:1].isalpha()}
+    own_names = {"PIL": "pillow", "yaml": "pyyaml"}
+    roots = {name.split(".")[0] for names in IMPORTS.values() for name in names}
+    roots -= {name.split(".")[0] for name in MODULES} | sys.stdlib_module_names | set(optional)
+    assert {own_names.get(root, root) for root in roots} <= declared

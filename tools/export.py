@@ -71,7 +71,8 @@ def timm_config(trained, name: str, options: dict, timm_model: nn.Module) -> dic
         num_classes=num_classes,
         num_features=timm_model.num_features,
         global_pool=timm_model.global_pool,
-        model_args=options,
+        # num_classes is above; transformers passes it on and would meet it twice
+        model_args={k: v for k, v in options.items() if k != "num_classes"},
         pretrained_cfg=dict(
             num_classes=num_classes,
             input_size=[trained.in_chans, *to_2tuple(trained.input_size)],
@@ -85,9 +86,14 @@ def timm_config(trained, name: str, options: dict, timm_model: nn.Module) -> dic
             classifier="head",
         ),
     )
-    if num_classes and trained.class_names:
-        config["label_names"] = trained.class_names
+    if num_classes:
+        config["label_names"] = label_names(trained)
     return config
+
+
+def label_names(trained) -> list[str]:
+    """Class names, or neutral ones: transformers takes 1000 unnamed classes for ImageNet's."""
+    return trained.class_names or [f"class {i}" for i in range(trained.nb_classes)]
 
 
 def crop_ratio(trained) -> float:
