@@ -161,6 +161,62 @@ def test_transformers_opens_the_timm_folder(kind, save, tmp_path):
         assert {entry["label"] for entry in predictions} == set(CLASSES)
 
 
+NATIVE = [
+    ("vit_mean", [], "BeitForImageClassification", "AutoModelForImageClassification"),
+    ("vit_gray", [], "BeitForImageClassification", "AutoModelForImageClassification"),
+    ("vit_cls", [], "ViTForImageClassification", "AutoModelForImageClassification"),
+    ("mae", [], "ViTMAEForPreTraining", "AutoModelForPreTraining"),
+    ("mae", ["--features"], "ViTModel", "AutoModel"),
+    ("cross", [], "BeitModel", "AutoModel"),
+]
+
+
+@pytest.mark.parametrize("kind, more, name, auto", NATIVE)
+def test_transformers_computes_the_same(kind, more, name, auto, save, tmp_path):
+    hf = pytest.importorskip("transformers")
+    file, model = save(kind)
+    out = str(tmp_path / "out")
+    call(file, "transformers", Path(out), *more)
+    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    native = getattr(hf, auto).from_pretrained(out, **options).eval()
+    assert type(native).__name__ == name
+    imgs = noise(model)
+    with torch.no_grad():
+        if kind.startswith("vit"):
+            pair = native(imgs).logits, model(imgs)
+            assert list(native.config.id2label.values()) == CLASSES
+        elif name == "ViTMAEForPreTraining":
+            ids = torch.rand(3, 16, generator=torch.Generator().manual_seed(3))
+            loss, pred, *_ = model(imgs, 0.75, vis=True, noise=ids)
+            found = native(imgs, noise=ids)
+            torch.testing.assert_close(found.loss, loss)
+            pair = found.logits, pred
+        else:
+            features = model.forward_features(imgs)
+            tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
+            pair = native(imgs).last_hidden_state, tokens
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
+
+
+def test_transformers_processor_prepares_images_as_evaluation_does(save, tmp_path, image_folder):
+    hf = pytest.importorskip("transformers")
+    file, _ = save("vit_mean")
+    out = str(tmp_path / "out")
+    call(file, "transformers", Path(out))
+    processor = hf.AutoImageProcessor.from_pretrained(out, backend="pil")
+    img = Image.open(image_folder / "val/a/0.jpg").convert("RGB")
+    found = processor(img, return_tensors="pt")["pixel_values"][0]
+    expected = build_transform(False, load_trained(file)[1])(img)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_transformers_refuses_nonsquare_images(save, tmp_path):
+    pytest.importorskip("transformers")
+    file, _ = save("vit_nonsquare")
+    with pytest.raises(ValueError, match="square ones are needed. Use --to timm"):
+        call(file, "transformers", tmp_path / "out")
+
+
 def test_1000_unnamed_classes_get_neutral_names(tiny_vit, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     factory = partial(models_vit.VisionTransformer, **ENCODER)
@@ -293,7 +349,7 @@ def test_missing_packages_are_listed(save, tmp_path, monkeypatch):
 
 def test_a_flag_without_effect_is_refused(save, tmp_path):
     file, _ = save("vit_mean")
-    with pytest.raises(ValueError, match="--features belongs to --to onnx"):
+    with pytest.raises(ValueError, match="--features belongs to --to onnx or"):
         call(file, "timm", tmp_path / "out", "--features")
 
 

@@ -1,12 +1,14 @@
 """Export a checkpoint for other software: timm, safetensors, ONNX.
 
     python -m tools.export --checkpoint C --to timm --out FOLDER
+    python -m tools.export --checkpoint C --to transformers --out FOLDER
     python -m tools.export --checkpoint C --to safetensors --out model.safetensors
     python -m tools.export --checkpoint C --to onnx --out model.onnx
 
 timm          a folder as on the Hugging Face Hub (config.json, model.safetensors) for timm's own
               VisionTransformer, with the mean, std and crop of this checkpoint. Of a pre-training
               checkpoint the encoder, without a head.
+transformers  a folder for from_pretrained, with an image processor (square images only).
 safetensors   all weights under their own names; the metadata describes the model.
 onnx          imgs (B, C, H, W) with a dynamic batch -> logits (B, K); of a pre-training checkpoint,
               or with --features, -> cls (B, D), mean (B, D), patches (B, L, D). Needs the packages
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from tools.timm_model import to_timm
+from tools.transformers_model import image_processor, to_transformers
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
 from util.data.transforms import CROP_RATIO
 from util.io.errors import UserError
@@ -89,6 +92,32 @@ def timm_config(trained, name: str, options: dict, timm_model: nn.Module) -> dic
     if num_classes:
         config["label_names"] = label_names(trained)
     return config
+
+
+def write_transformers(model: nn.Module, trained, args) -> None:
+    """Write a folder for from_pretrained, after a comparison of the outputs."""
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(f"--out {args.out} exists and is not an empty folder; name a new one.")
+    labels = label_names(trained) if model.kind == "classifier" else []
+    new = to_transformers(model, trained, labels, args.features)
+    name, imgs = type(new).__name__, example_images(model, 2)
+    with torch.no_grad():
+        if model.kind == "classifier":
+            pair = new(imgs).logits, model(imgs)
+        elif model.kind == "mae" and not args.features:
+            noise = torch.rand(2, model.patch_embed.num_patches)
+            loss, pred, *_ = model(imgs, trained.mask_ratio, vis=True, noise=noise)
+            found = new(imgs, noise=noise)
+            check_close(found.loss, loss, TIMM_TOLERANCE, f"{name} (loss)")
+            pair = found.logits, pred
+        else:
+            features = model.forward_features(imgs)
+            tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
+            pair = new(imgs).last_hidden_state, tokens
+        check_close(*pair, TIMM_TOLERANCE, name)
+    new.save_pretrained(args.out)
+    image_processor(trained).save_pretrained(args.out)
+    logger.info("Wrote %s: transformers.%s.from_pretrained(%r)", args.out, name, str(args.out))
 
 
 def label_names(trained) -> list[str]:
@@ -230,7 +259,17 @@ def fold_probe(model: nn.Module) -> None:
     model.head = linear
 
 
-WRITERS = {"timm": write_timm, "safetensors": write_safetensors, "onnx": write_onnx}
+WRITERS = {
+    "timm": write_timm,
+    "transformers": write_transformers,
+    "safetensors": write_safetensors,
+    "onnx": write_onnx,
+}
+    "timm": write_timm,
+    "transformers": write_transformers,
+    "safetensors": write_safetensors,
+    "onnx": write_onnx,
+}
 
 
 def get_args_parser() -> FlagParser:
@@ -240,16 +279,21 @@ def get_args_parser() -> FlagParser:
     text = "of main_pretrain.py or main_finetune.py: file or URL"
     flag("--checkpoint", str, None, text, required=True)
     flag("--to", str, None, "format to write", required=True, choices=sorted(WRITERS))
-    flag("--out", Path, None, "folder for timm, else a file", required=True)
-    flag("--features", bool, False, "onnx of a fine-tuned checkpoint: features instead of logits")
+    flag("--out", Path, None, "folder for timm and transformers, else a file", required=True)
+    flag(
+        "--features",
+        bool,
+        False,
+        "onnx of a fine-tuned checkpoint: features instead of logits; transformers: MAE without decoder",
+    )
     flag("--model", str, None, "name of the model, if the checkpoint does not hold it")
     flag("--model_ema", bool, False, "export the average that main_finetune.py --model_ema kept")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.features and args.to != "onnx":
-        raise UserError("--features belongs to --to onnx; leave it out.")
+    if args.features and args.to not in ("onnx", "transformers"):
+        raise UserError("--features belongs to --to onnx or transformers; leave it out.")
     model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
     if model.kind == "classifier" and isinstance(model.head, nn.Sequential):
         fold_probe(model)
