@@ -28,6 +28,7 @@ from util.distributed import broadcast_buffers, wrap_ddp
 from util.eval.predict import predict
 from util.eval.report import report_evaluation
 from util.io.checkpoint_file import read_checkpoint
+from util.io.pretrained import read_pretrained
 from util.layers.attention import get_attention_backend
 from util.layers.vit import compile_blocks
 from util.lr_decay import param_groups_lrd
@@ -165,7 +166,7 @@ def train(args) -> None:
     if args.replay:
         write_nothing(args)
     if checkpoint is None and args.finetune:
-        checkpoint = read_checkpoint(args.finetune)
+        checkpoint = read_pretrained(args.finetune)
     model, amp_dtype, attention_text = build_model(args, checkpoint)
     if args.finetune and not args.resume:
         load_pretrained(model, checkpoint, args.finetune)

@@ -213,7 +213,7 @@ def test_transformers_processor_prepares_images_as_evaluation_does(save, tmp_pat
 def test_transformers_refuses_nonsquare_images(save, tmp_path):
     pytest.importorskip("transformers")
     file, _ = save("vit_nonsquare")
-    with pytest.raises(ValueError, match="square ones are needed. Use --to timm"):
+    with pytest.raises(ValueError, match="takes 32x64; use --to timm"):
         call(file, "transformers", tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Export a checkpoint for other software: timm, safetensors, ONNX.
+"""Export a checkpoint for other software: timm, transformers, safetensors, ONNX.
 
     python -m tools.export --checkpoint C --to timm --out FOLDER
     python -m tools.export --checkpoint C --to transformers --out FOLDER
@@ -8,7 +8,10 @@
 timm          a folder as on the Hugging Face Hub (config.json, model.safetensors) for timm's own
               VisionTransformer, with the mean, std and crop of this checkpoint. Of a pre-training
               checkpoint the encoder, without a head.
-transformers  a folder for from_pretrained, with an image processor (square images only).
+              transformers opens it too, through TimmWrapper.
+transformers  a folder for from_pretrained, with an image processor: a classifier, MAE with its
+              decoder, or with --features, and of CrossMAE, the encoder. Square images only; needs
+              the package transformers.
 safetensors   all weights under their own names; the metadata describes the model.
 onnx          imgs (B, C, H, W) with a dynamic batch -> logits (B, K); of a pre-training checkpoint,
               or with --features, -> cls (B, D), mean (B, D), patches (B, L, D). Needs the packages
@@ -32,10 +35,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
+from tools.export_checks import (
+    TOLERANCE,
+    check_close,
+    check_empty,
+    crop_ratio,
+    example_images,
+    label_names,
+)
 from tools.timm_model import to_timm
-from tools.transformers_model import image_processor, to_transformers
+from tools.transformers_model import write_transformers
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
-from util.data.transforms import CROP_RATIO
 from util.io.errors import UserError
 from util.io.files import atomic_write
 from util.run.flags import FlagParser, add_flag
@@ -43,20 +53,18 @@ from util.run.launch import launch
 
 logger = logging.getLogger(__name__)
 
-TIMM_TOLERANCE = 1e-5
 ONNX_TOLERANCE = 1e-4  # other kernels sum in another order
 SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; an ONNX file cannot exceed 2 GiB
 
 
 def write_timm(model: nn.Module, trained, args) -> None:
     """Write config.json and model.safetensors, after a comparison of the outputs."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out {args.out} exists and is not an empty folder; name a new one.")
+    check_empty(args.out)
     timm_model, name, options = to_timm(model)
     imgs = example_images(model, 2)
     with torch.no_grad():
         expected = model(imgs) if model.kind == "classifier" else model.forward_features(imgs).cls
-        check_close(timm_model(imgs), expected, TIMM_TOLERANCE, "timm")
+        check_close(timm_model(imgs), expected, TOLERANCE, "timm")
     config, weights = args.out / "config.json", args.out / "model.safetensors"
     with atomic_write(weights) as tmp_weights, atomic_write(config) as tmp_config:
         save_file(timm_model.state_dict(), tmp_weights, metadata={"format": "pt"})
@@ -92,48 +100,6 @@ def timm_config(trained, name: str, options: dict, timm_model: nn.Module) -> dic
     if num_classes:
         config["label_names"] = label_names(trained)
     return config
-
-
-def write_transformers(model: nn.Module, trained, args) -> None:
-    """Write a folder for from_pretrained, after a comparison of the outputs."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out {args.out} exists and is not an empty folder; name a new one.")
-    labels = label_names(trained) if model.kind == "classifier" else []
-    new = to_transformers(model, trained, labels, args.features)
-    name, imgs = type(new).__name__, example_images(model, 2)
-    with torch.no_grad():
-        if model.kind == "classifier":
-            pair = new(imgs).logits, model(imgs)
-        elif model.kind == "mae" and not args.features:
-            noise = torch.rand(2, model.patch_embed.num_patches)
-            loss, pred, *_ = model(imgs, trained.mask_ratio, vis=True, noise=noise)
-            found = new(imgs, noise=noise)
-            check_close(found.loss, loss, TIMM_TOLERANCE, f"{name} (loss)")
-            pair = found.logits, pred
-        else:
-            features = model.forward_features(imgs)
-            tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
-            pair = new(imgs).last_hidden_state, tokens
-        check_close(*pair, TIMM_TOLERANCE, name)
-    new.save_pretrained(args.out)
-    image_processor(trained).save_pretrained(args.out)
-    logger.info("Wrote %s: transformers.%s.from_pretrained(%r)", args.out, name, str(args.out))
-
-
-def label_names(trained) -> list[str]:
-    """Class names, or neutral ones: transformers takes 1000 unnamed classes for ImageNet's."""
-    return trained.class_names or [f"class {i}" for i in range(trained.nb_classes)]
-
-
-def crop_ratio(trained) -> float:
-    """Fraction of an image's sides that the evaluation transform keeps."""
-    sides = to_2tuple(trained.input_size)
-    if min(sides) <= 224 < max(sides):
-        logger.warning(
-            "Evaluation crops only the side of up to 224 pixels; the exported crop ratio holds for "
-            "both sides and is set to 1, so other software keeps a little more of each image"
-        )
-    return CROP_RATIO if max(sides) <= 224 else 1.0
 
 
 def write_safetensors(model: nn.Module, trained, args) -> None:
@@ -235,20 +201,6 @@ def check_onnx(network: nn.Module, imgs: Tensor, names: list[str], path: Path) -
         check_close(*pair, ONNX_TOLERANCE, f"onnxruntime ({name}, {len(imgs)} images)")
 
 
-def example_images(model: nn.Module, count: int) -> Tensor:
-    """Noise of the model's input size (count, C, H, W), the same in every call."""
-    size = (count, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    return torch.randn(size, generator=torch.Generator().manual_seed(0))
-
-
-def check_close(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    """Compare outputs, relative to the largest expected value if that is above 1."""
-    difference = (found - expected).abs().max().item()
-    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
-        raise RuntimeError(f"Outputs of {name} differ from the model's by {difference:.2e}.")
-    logger.info("Outputs of %s equal the model's: largest difference %.1e", name, difference)
-
-
 def fold_probe(model: nn.Module) -> None:
     """Replace a linear probe's BatchNorm and linear layer by one equivalent linear layer."""
     norm, linear = model.head
@@ -265,11 +217,6 @@ WRITERS = {
     "safetensors": write_safetensors,
     "onnx": write_onnx,
 }
-    "timm": write_timm,
-    "transformers": write_transformers,
-    "safetensors": write_safetensors,
-    "onnx": write_onnx,
-}
 
 
 def get_args_parser() -> FlagParser:
@@ -280,12 +227,8 @@ def get_args_parser() -> FlagParser:
     flag("--checkpoint", str, None, text, required=True)
     flag("--to", str, None, "format to write", required=True, choices=sorted(WRITERS))
     flag("--out", Path, None, "folder for timm and transformers, else a file", required=True)
-    flag(
-        "--features",
-        bool,
-        False,
-        "onnx of a fine-tuned checkpoint: features instead of logits; transformers: MAE without decoder",
-    )
+    text = "onnx, transformers: the encoder's features instead of logits or MAE's decoder"
+    flag("--features", bool, False, text)
     flag("--model", str, None, "name of the model, if the checkpoint does not hold it")
     flag("--model_ema", bool, False, "export the average that main_finetune.py --model_ema kept")
     return parser

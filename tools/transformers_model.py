@@ -1,76 +1,121 @@
 """Convert a model to the one of Hugging Face transformers that computes the same.
 
-Shapes: B images, C channels, H height, W width, L patches, D encoder width.
+Shapes: B images, L patches, D encoder width.
 """
 
+import logging
+
+import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from util.checkpoint import ENCODER_PARTS
-from util.data.transforms import CROP_RATIO
-from util.io.errors import UserError
-
-RENAMED = (  # ours, theirs
-    ("decoder_blocks.", "decoder.decoder_layers."),
-    ("blocks.", "layers."),
-    (".attn.proj.", ".attention.o_proj."),
-    (".norm1.", ".layernorm_before."),
-    (".norm2.", ".layernorm_after."),
-    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+from tools.export_checks import (
+    TOLERANCE,
+    check_close,
+    check_empty,
+    crop_ratio,
+    example_images,
+    label_names,
 )
-EMBEDDINGS = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
-DECODER = ("decoder_embed.", "decoder_norm.", "decoder_pred.", "mask_token", "decoder_pos_embed")
+from util.checkpoint import ENCODER_PARTS
+from util.data.transforms import build_transform
+from util.io.errors import UserError
+from util.io.files import atomic_write
+from util.io.transformers_names import to_transformers
+
+logger = logging.getLogger(__name__)
 
 
-def to_transformers(model: nn.Module, trained, labels: list[str], encoder_only: bool) -> nn.Module:
-    """The transformers model with the same weights, in evaluation mode.
-
-    A classifier becomes BeitForImageClassification (mean pooling) or ViTForImageClassification; MAE
-    ViTMAEForPreTraining; an encoder ViTModel, or BeitModel if it has no final norm.
+def write_transformers(model: nn.Module, trained, args) -> None:
+    """Write a folder for from_pretrained, after a comparison of the outputs.
 
     Raises:
         UserError: transformers is not installed, or the images are not square.
     """
     try:
-        import transformers as hf
+        import transformers
     except ImportError as error:
-        raise UserError("--to transformers: pip install transformers.") from error
+        raise UserError(
+            "--to transformers needs transformers: pip install transformers."
+        ) from error
     height, width = model.patch_embed.img_size
     if height != width:
         raise UserError(
-            f"transformers has no exact model for images of {height}x{width}; square ones are "
-            "needed. Use --to timm, whose folder transformers opens as well."
+            f"--to transformers writes models of square images, this one takes {height}x{width}; "
+            "use --to timm, whose folder transformers opens as well."
         )
-    options = config_options(model)
-    weights = {
-        k: v for k, v in model.state_dict().items() if k.startswith((*ENCODER_PARTS, "norm."))
-    }
-    if model.kind == "classifier":
-        weights = model.state_dict()
-        options |= dict(id2label=dict(enumerate(labels)))
-        options |= dict(label2id={label: i for i, label in enumerate(labels)})
-        cls = hf.BeitForImageClassification if model.global_pool else hf.ViTForImageClassification
-        prefix = "beit." if model.global_pool else "vit."
-    elif model.kind == "mae" and not encoder_only:
-        weights, prefix, cls = model.state_dict(), "vit.", hf.ViTMAEForPreTraining
-        options |= mae_options(model, trained)
+    check_empty(args.out)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    name, config, weights = convert(model, trained, args.features)
+    native = load_native(name, config, weights)
+    with torch.no_grad():
+        compare(native, model, trained)
+        if name == "BeitModel":
+            compare_feature_maps(load_native("BeitBackbone", config, weights), model)
+    texts = {"config.json": config.to_json_string()}
+    if trained.in_chans == 3:
+        processor = image_processor(trained)
+        compare_processor(processor, trained)
+        texts["preprocessor_config.json"] = processor.to_json_string()
     else:
-        prefix, cls = "", hf.ViTModel if hasattr(model, "norm") else hf.BeitModel
-    if cls in (hf.BeitForImageClassification, hf.BeitModel):
-        options |= dict(use_absolute_position_embeddings=True, use_mean_pooling=True)
-        options |= dict(layer_scale_init_value=0.0, drop_path_rate=0.0)
-    config = cls.config_class(**options)
-    new = cls(config, add_pooling_layer=False) if cls is hf.ViTModel else cls(config)
-    converted = convert_weights(weights, prefix, with_key_bias="Beit" not in cls.__name__)
-    if cls is hf.BeitModel:  # it has no final norm, but its pooler has one
-        converted["pooler.layernorm.weight"] = torch.ones(model.embed_dim)
-        converted["pooler.layernorm.bias"] = torch.zeros(model.embed_dim)
-    new.load_state_dict(converted, strict=True)
-    return new.eval()
+        logger.warning("No image processor is written: those of transformers take RGB images")
+    with atomic_write(args.out / "model.safetensors") as tmp_path:
+        save_file(weights, tmp_path, metadata={"format": "pt"})
+    for file, text in texts.items():
+        with atomic_write(args.out / file) as tmp_path:
+            tmp_path.write_text(text, encoding="utf-8")
+    option = ", add_pooling_layer=False" if name == "ViTModel" else ""
+    call = f"{name}.from_pretrained({str(args.out)!r}{option})"
+    logger.info("Wrote %s: transformers.%s", args.out, call)
 
 
-def config_options(model: nn.Module) -> dict:
-    """Sizes of the encoder under transformers' names."""
+def convert(model: nn.Module, trained, features: bool):
+    """(name of the class, its configuration, weights under the names of transformers).
+
+    Args:
+        features: the encoder alone, also of a classifier or MAE.
+    """
+    import transformers
+
+    weights, options = model.state_dict(), encoder_options(model)
+    if model.kind == "classifier" and not features:
+        name = "BeitForImageClassification" if model.global_pool else "ViTForImageClassification"
+        labels = label_names(trained)
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: i for i, label in enumerate(labels)}
+    elif model.kind == "mae" and not features:
+        name = "ViTMAEForPreTraining"
+        options |= decoder_options(model, trained)
+    else:
+        name = "ViTModel" if hasattr(model, "norm") else "BeitModel"
+        parts = (*ENCODER_PARTS, "norm.", "fc_norm.")
+        weights = {k: v for k, v in weights.items() if k.startswith(parts)}
+        if name == "BeitModel" and "fc_norm.weight" not in weights:  # its pooler has a norm
+            weights["fc_norm.weight"] = torch.ones(model.embed_dim)
+            weights["fc_norm.bias"] = torch.zeros(model.embed_dim)
+    is_beit = name.startswith("Beit")
+    if is_beit:
+        quarters = [len(model.blocks) * i // 4 for i in (1, 2, 3, 4)]  # feature maps of a backbone
+        options |= dict(
+            use_absolute_position_embeddings=True,
+            use_mean_pooling=True,
+            layer_scale_init_value=0.0,
+            drop_path_rate=0.0,
+            out_indices=sorted({max(i, 1) for i in quarters}),
+        )
+    config = getattr(transformers, name).config_class(architectures=[name], **options)
+    prefix = "" if name in ("ViTModel", "BeitModel") else "beit." if is_beit else "vit."
+    weights = to_transformers(weights, prefix)
+    if is_beit:  # it has no key bias: softmax cancels it
+        weights = {k: v for k, v in weights.items() if not k.endswith("attention.key.bias")}
+    return name, config, weights
+
+
+def encoder_options(model: nn.Module) -> dict:
+    """Configuration of the encoder in transformers' words."""
     block = model.blocks[0]
     return dict(
         hidden_size=model.embed_dim,
@@ -81,12 +126,10 @@ def config_options(model: nn.Module) -> dict:
         patch_size=model.patch_embed.patch_size,
         num_channels=model.patch_embed.proj.in_channels,
         layer_norm_eps=block.norm1.eps,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
     )
 
 
-def mae_options(model: nn.Module, trained) -> dict:
+def decoder_options(model: nn.Module, trained) -> dict:
     block = model.decoder_blocks[0]
     return dict(
         decoder_hidden_size=model.decoder_embed_dim,
@@ -98,50 +141,74 @@ def mae_options(model: nn.Module, trained) -> dict:
     )
 
 
-def convert_weights(weights: dict[str, Tensor], prefix: str, with_key_bias: bool) -> dict:
-    """Weights under transformers' names.
+def load_native(name: str, config, weights: dict[str, Tensor]) -> nn.Module:
+    """The model of transformers, loaded as from a file.
 
-    Args:
-        with_key_bias: False for BEiT, which has none; softmax is the same without it.
+    Raises:
+        RuntimeError: a weight is missing or has no place.
     """
-    converted = {}
-    for name, value in weights.items():
-        new = name
-        for ours, theirs in RENAMED:
-            if ours in new and "decoder_layers." + theirs not in new:
-                new = new.replace(ours, theirs, 1)
-        if name in EMBEDDINGS:
-            new = prefix + EMBEDDINGS[name]
-        elif name.startswith("head."):
-            new = name.replace("head.", "classifier.")
-        elif name.startswith("fc_norm."):
-            new = name.replace("fc_norm.", f"{prefix}pooler.layernorm.")
-        elif name.startswith("norm."):
-            new = name.replace("norm.", f"{prefix}layernorm.")
-        elif name.startswith(DECODER):
-            new = f"decoder.{name}"
-        elif not name.startswith("decoder_blocks."):
-            new = prefix + new
-        if ".attn.qkv." not in new:
-            converted[new] = value.clone()
-            continue
-        for letter, part in zip("qkv", value.chunk(3), strict=True):
-            if letter != "k" or with_key_bias or new.endswith("weight"):
-                converted[new.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part.clone()
-    return converted
+    import transformers
+
+    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
+    native, info = getattr(transformers, name).from_pretrained(
+        None, config=config, state_dict=weights, output_loading_info=True, **options
+    )
+    unexpected = [x for x in info["unexpected_keys"] if name != "BeitBackbone" or "pooler" not in x]
+    if info["missing_keys"] or unexpected or info["mismatched_keys"]:
+        raise RuntimeError(f"transformers {transformers.__version__} reads other weights: {info}")
+    return native.eval()
+
+
+def compare(native: nn.Module, model: nn.Module, trained) -> None:
+    """Outputs of both models on the same images."""
+    imgs, name = example_images(model, 2), type(native).__name__
+    if name.endswith("ForImageClassification"):
+        found, expected = native(imgs).logits, model(imgs)
+    elif name == "ViTMAEForPreTraining":
+        shape, random = (2, model.patch_embed.num_patches), torch.Generator().manual_seed(0)
+        noise = torch.rand(shape, generator=random)
+        output = native(imgs, noise=noise)
+        loss, expected, *_ = model(imgs, trained.mask_ratio, vis=True, noise=noise)
+        check_close(output.loss, loss, TOLERANCE, f"transformers' {name} (loss)")
+        found = output.logits
+    else:
+        found, expected = native(imgs).last_hidden_state, all_tokens(model, imgs)
+    check_close(found, expected, TOLERANCE, f"transformers' {name}")
+
+
+def all_tokens(model: nn.Module, imgs: Tensor) -> Tensor:
+    """Features of the class token, then of the patches (B, 1 + L, D)."""
+    features = model.forward_features(imgs)
+    return torch.cat([features.cls[:, None], features.patches], dim=1)
+
+
+def compare_feature_maps(backbone: nn.Module, model: nn.Module) -> None:
+    """The feature map of the last block, for segmentation."""
+    imgs = example_images(model, 2)
+    *_, tokens = model.run_blocks(model.embed(imgs))
+    expected = tokens[:, 1:].transpose(1, 2).unflatten(2, model.patch_embed.grid_size)
+    check_close(backbone(imgs).feature_maps[-1], expected, TOLERANCE, "transformers' BeitBackbone")
 
 
 def image_processor(trained):
-    """The evaluation transform as transformers' image processor, for square images."""
+    """The evaluation transform as an image processor of transformers, for square RGB images."""
     from transformers import BitImageProcessor
 
-    side = trained.input_size
-    side = side if isinstance(side, int) else side[0]
+    side = trained.input_size if isinstance(trained.input_size, int) else trained.input_size[0]
     return BitImageProcessor(
-        size={"shortest_edge": int(side / CROP_RATIO) if side <= 224 else side},
+        size={"shortest_edge": int(side / crop_ratio(trained))},
         crop_size={"height": side, "width": side},
-        resample=3,
+        resample=3,  # bicubic
         image_mean=list(trained.mean),
         image_std=list(trained.std),
-        do_convert_rgb=trained.in_chans == 3,
     )
+
+
+def compare_processor(processor, trained) -> None:
+    """Both transforms of one image; transformers' default backend differs by one gray level."""
+    side = processor.crop_size["height"]
+    random = np.random.RandomState(0).randint(0, 256, (6, 8, 3), dtype=np.uint8)
+    img = Image.fromarray(random).resize((side * 2, side * 3 // 2), Image.Resampling.BICUBIC)
+    found = torch.as_tensor(processor(img)["pixel_values"][0])
+    gray_level = 1.01 / 255 / min(trained.std)
+    check_close(found, build_transform(False, trained)(img), gray_level, "the image processor")

@@ -18,6 +18,7 @@ from util.io.checkpoint_file import (
     write_checkpoint,
 )
 from util.io.errors import CheckpointError
+from util.io.pretrained import read_pretrained
 from util.optim import load_optimizer
 from util.pos_embed import interpolate_pos_embed
 
@@ -72,6 +73,7 @@ def load_pretrained(model: nn.Module, checkpoint: dict, source: str) -> None:
         CheckpointError: the encoder is not that of the model.
     """
     logger.info("Load pre-trained checkpoint from: %s", source)
+    check_architecture(model, checkpoint, source)
     weights = weights_of(checkpoint, source)
     for name in [name for name in weights if name.startswith("head.")]:
         logger.info("Removing key %s from pretrained checkpoint", name)
@@ -108,13 +110,29 @@ def check_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], skip=()) -
             )
 
 
+def check_architecture(model: nn.Module, checkpoint: dict, source: str) -> None:
+    """Raises CheckpointError if read_pretrained found other counts than the model's.
+
+    More blocks, or other heads of the same width, do not show in the shapes of the weights.
+    """
+    own = {"depth": len(model.blocks), "num_heads": model.blocks[0].attn.num_heads}
+    for name, value in checkpoint.get("encoder", {}).items():
+        if value != own[name]:
+            raise CheckpointError(
+                f"{source} has {name} {value}, the model {own[name]}; choose the --model of its "
+                "size."
+            )
+
+
 def init_from(model: nn.Module, source: str) -> None:
     """--init_from: load the whole encoder, and the decoder if all of it fits.
 
     Raises:
         CheckpointError: the encoder is not that of the model.
     """
-    weights, own = weights_of(read_checkpoint(source), source), model.state_dict()
+    checkpoint = read_pretrained(source)
+    check_architecture(model, checkpoint, source)
+    weights, own = weights_of(checkpoint, source), model.state_dict()
     check_encoder(own, weights)
     fitting = {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
     is_whole = len(fitting) == len(own)

@@ -1,11 +1,12 @@
 """Downloads: https:// and hf:// URLs, cached in torch's hub folder."""
 
+import contextlib
 import hashlib
 import logging
 import re
 import socket
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # torch's custom: name-0a1b2c3d.pth
 CHUNK = 1 << 20  # bytes
+
+
+class NotInRepository(UserError):
+    """A repository of the Hub, or its cache when offline, does not have the file."""
 
 
 class HttpsOnly(urllib.request.HTTPRedirectHandler):
@@ -134,9 +139,24 @@ def is_offline() -> bool:
     return False
 
 
+def fetch_repository(source: str, names: Sequence[str]) -> Path:
+    """Folder with config.json of hf://owner/repository and those of `names` that it has.
+
+    Of several weight files only the first is fetched.
+    """
+    folder = Path(fetch_from_hub(f"{source}/config.json")).parent
+    for name in names:
+        with contextlib.suppress(NotInRepository):
+            fetch_from_hub(f"{source}/{name}")
+            if Path(name).suffix in (".safetensors", ".bin"):
+                break
+    return folder
+
+
 def fetch_from_hub(source: str) -> str:
     """hf://owner/repository/path, through huggingface_hub and its cache (or HF_HUB_OFFLINE)."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs every retry, twice
     logger.info("Looking for %s", source)
@@ -148,6 +168,7 @@ def fetch_from_hub(source: str) -> str:
             f"{owner}/{repository}", "/".join(path).rstrip("/"), local_files_only=is_offline()
         )
     except Exception as error:  # the hub's errors have no common base class
-        raise UserError(
+        is_missing = isinstance(error, EntryNotFoundError)
+        raise (NotInRepository if is_missing else UserError)(
             f"Could not download {source} ({one_line(error)}); check the name and the network."
         ) from error
