@@ -37,6 +37,8 @@ ENCODER = dict(
     norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
 )
 DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+CLASSES = ["ant", "bee", "cat", "dog", "elk"]
 
 
 def seeded_factory(cls, **defaults):
@@ -72,6 +74,44 @@ def tiny_vit():
     from models_vit import VisionTransformer
 
     return seeded_factory(VisionTransformer, **ENCODER, num_classes=5, global_pool=True)
+
+
+@pytest.fixture
+def save(tmp_path, tiny_cross, tiny_mae, tiny_vit, monkeypatch):
+    """kind -> (checkpoint file, model); tiny models, every weight random."""
+    import models_cross
+    import models_mae
+    import models_vit
+
+    for module, name, cls, sizes in (
+        (models_cross, "mae_vit_tiny", models_cross.MaskedAutoencoderViT, ENCODER | DECODER),
+        (models_mae, "mae_vit_tiny", models_mae.MaskedAutoencoderViT, ENCODER | DECODER),
+        (models_vit, "vit_tiny", models_vit.VisionTransformer, ENCODER),
+    ):
+        monkeypatch.setattr(module, name, partial(cls, **sizes), raising=False)
+
+    def write(kind: str):
+        size, args = 32, dict(model="mae_vit_tiny", decoder_depth=2)
+        if kind == "cross":
+            model = tiny_cross()
+            args |= dict(cross_mae=True, weight_fm=True, use_input=True)
+        elif kind == "mae":
+            model = tiny_mae()
+        else:
+            size = (32, 64) if kind == "vit_nonsquare" else 32
+            chans = 1 if kind == "vit_gray" else 3
+            model = tiny_vit(img_size=size, in_chans=chans, global_pool=kind != "vit_cls")
+            args = dict(model="vit_tiny", in_chans=chans, mean=MEAN[:chans], std=STD[:chans])
+        random = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():  # norms and biases too, so that a swap shows
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
+        args |= dict(input_size=size, patch_size=8, data_path="/home/someone/secret")
+        path = tmp_path / f"{kind}.pth"
+        entries = {"model": model.state_dict(), "args": args, "class_names": CLASSES}
+        torch.save(entries, path)
+        return path, model.eval()
+
+    return write
 
 
 @pytest.fixture(scope="session")

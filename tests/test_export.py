@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import DECODER, ENCODER
+from conftest import CLASSES, MEAN, STD
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 
-import models_cross
-import models_mae
 import models_vit
 from tools import export
 from tools.timm_model import timm_name_and_args
@@ -28,47 +26,11 @@ from util.build import load_trained
 from util.data.transforms import build_transform
 
 ROOT = Path(__file__).resolve().parent.parent
-MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
-CLASSES = ["ant", "bee", "cat", "dog", "elk"]
 KINDS = ("cross", "mae", "vit_mean", "vit_cls", "vit_nonsquare", "vit_gray")
 needs_onnx = pytest.mark.skipif(
     not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="the optional packages onnx, onnxscript and onnxruntime are not installed",
 )
-
-
-@pytest.fixture
-def save(tmp_path, tiny_cross, tiny_mae, tiny_vit, monkeypatch):
-    """kind -> (checkpoint file, model); tiny models, every weight random."""
-    for module, name, cls, sizes in (
-        (models_cross, "mae_vit_tiny", models_cross.MaskedAutoencoderViT, ENCODER | DECODER),
-        (models_mae, "mae_vit_tiny", models_mae.MaskedAutoencoderViT, ENCODER | DECODER),
-        (models_vit, "vit_tiny", models_vit.VisionTransformer, ENCODER),
-    ):
-        monkeypatch.setattr(module, name, partial(cls, **sizes), raising=False)
-
-    def write(kind: str):
-        size, args = 32, dict(model="mae_vit_tiny", decoder_depth=2)
-        if kind == "cross":
-            model = tiny_cross()
-            args |= dict(cross_mae=True, weight_fm=True, use_input=True)
-        elif kind == "mae":
-            model = tiny_mae()
-        else:
-            size = (32, 64) if kind == "vit_nonsquare" else 32
-            chans = 1 if kind == "vit_gray" else 3
-            model = tiny_vit(img_size=size, in_chans=chans, global_pool=kind != "vit_cls")
-            args = dict(model="vit_tiny", in_chans=chans, mean=MEAN[:chans], std=STD[:chans])
-        random = torch.Generator().manual_seed(1)
-        for parameter in model.parameters():  # norms and biases too, so that a swap shows
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
-        args |= dict(input_size=size, patch_size=8, data_path="/home/someone/secret")
-        path = tmp_path / f"{kind}.pth"
-        entries = {"model": model.state_dict(), "args": args, "class_names": CLASSES}
-        torch.save(entries, path)
-        return path, model.eval()
-
-    return write
 
 
 def call(checkpoint: Path, to: str, out: Path, *more: str) -> None:
@@ -133,100 +95,6 @@ def test_timm_opens_the_folder(kind, save, tmp_path):
         torch.testing.assert_close(timm_model(imgs), expected, rtol=0, atol=1e-5)
     if kind.startswith("vit"):
         assert list(timm_model.pretrained_cfg["label_names"]) == CLASSES
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_transformers_opens_the_timm_folder(kind, save, tmp_path):
-    """AutoModel..., AutoImageProcessor and the pipeline, with our class names."""
-    transformers = pytest.importorskip("transformers")
-    file, model = save(kind)
-    out = str(tmp_path / "out")
-    call(file, "timm", Path(out))
-    imgs = noise(model)
-    with torch.no_grad():
-        encoder = transformers.AutoModel.from_pretrained(out).eval()
-        features = model.forward_features(imgs)
-        tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
-        found = encoder(pixel_values=imgs).last_hidden_state
-        torch.testing.assert_close(found, tokens, rtol=0, atol=1e-5)
-        if not kind.startswith("vit"):
-            return
-        classifier = transformers.AutoModelForImageClassification.from_pretrained(out).eval()
-        found = classifier(pixel_values=imgs).logits
-        torch.testing.assert_close(found, model(imgs), rtol=0, atol=1e-5)
-    assert list(classifier.config.id2label.values()) == CLASSES
-    if kind in ("vit_mean", "vit_cls"):
-        img = Image.new("RGB", (70, 50), (200, 30, 60))
-        predictions = transformers.pipeline("image-classification", model=out)(img, top_k=5)
-        assert {entry["label"] for entry in predictions} == set(CLASSES)
-
-
-NATIVE = [
-    ("vit_mean", [], "BeitForImageClassification", "AutoModelForImageClassification"),
-    ("vit_gray", [], "BeitForImageClassification", "AutoModelForImageClassification"),
-    ("vit_cls", [], "ViTForImageClassification", "AutoModelForImageClassification"),
-    ("mae", [], "ViTMAEForPreTraining", "AutoModelForPreTraining"),
-    ("mae", ["--features"], "ViTModel", "AutoModel"),
-    ("cross", [], "BeitModel", "AutoModel"),
-]
-
-
-@pytest.mark.parametrize("kind, more, name, auto", NATIVE)
-def test_transformers_computes_the_same(kind, more, name, auto, save, tmp_path):
-    hf = pytest.importorskip("transformers")
-    file, model = save(kind)
-    out = str(tmp_path / "out")
-    call(file, "transformers", Path(out), *more)
-    options = {"add_pooling_layer": False} if name == "ViTModel" else {}
-    native = getattr(hf, auto).from_pretrained(out, **options).eval()
-    assert type(native).__name__ == name
-    imgs = noise(model)
-    with torch.no_grad():
-        if kind.startswith("vit"):
-            pair = native(imgs).logits, model(imgs)
-            assert list(native.config.id2label.values()) == CLASSES
-        elif name == "ViTMAEForPreTraining":
-            ids = torch.rand(3, 16, generator=torch.Generator().manual_seed(3))
-            loss, pred, *_ = model(imgs, 0.75, vis=True, noise=ids)
-            found = native(imgs, noise=ids)
-            torch.testing.assert_close(found.loss, loss)
-            pair = found.logits, pred
-        else:
-            features = model.forward_features(imgs)
-            tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
-            pair = native(imgs).last_hidden_state, tokens
-        torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
-
-
-def test_transformers_processor_prepares_images_as_evaluation_does(save, tmp_path, image_folder):
-    hf = pytest.importorskip("transformers")
-    file, _ = save("vit_mean")
-    out = str(tmp_path / "out")
-    call(file, "transformers", Path(out))
-    processor = hf.AutoImageProcessor.from_pretrained(out, backend="pil")
-    img = Image.open(image_folder / "val/a/0.jpg").convert("RGB")
-    found = processor(img, return_tensors="pt")["pixel_values"][0]
-    expected = build_transform(False, load_trained(file)[1])(img)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_transformers_refuses_nonsquare_images(save, tmp_path):
-    pytest.importorskip("transformers")
-    file, _ = save("vit_nonsquare")
-    with pytest.raises(ValueError, match="takes 32x64; use --to timm"):
-        call(file, "transformers", tmp_path / "out")
-
-
-def test_1000_unnamed_classes_get_neutral_names(tiny_vit, tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    factory = partial(models_vit.VisionTransformer, **ENCODER)
-    monkeypatch.setattr(models_vit, "vit_tiny", factory, raising=False)
-    args = dict(model="vit_tiny", input_size=32, patch_size=8)
-    entries = {"model": tiny_vit(num_classes=1000).state_dict(), "args": args}
-    torch.save(entries, tmp_path / "c.pth")
-    call(tmp_path / "c.pth", "timm", tmp_path / "out")
-    model = transformers.AutoModelForImageClassification.from_pretrained(str(tmp_path / "out"))
-    assert model.config.id2label[0] == "class 0" and model.config.id2label[999] == "class 999"
 
 
 @pytest.mark.parametrize("kind", ["vit_mean", "vit_nonsquare"])
