@@ -478,8 +478,9 @@ class Hub(Server):
         self.do_GET()
 
     def do_GET(self):
-        path = pathlib.Path(self.directory, "evil.pth")
-        if not self.path.split("?")[0].endswith("/own/repo/resolve/main/evil.pth"):
+        folder, _, name = self.path.split("?")[0].rpartition("/")
+        path = pathlib.Path(self.directory, name)
+        if not (folder.startswith("/own/repo/resolve/") and path.is_file()):
             body = json.dumps({"error": "Entry not found"}).encode()
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -487,7 +488,7 @@ class Hub(Server):
             body = path.read_bytes()
             self.send_response(200)
             self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("ETag", '"abc"')
+            self.send_header("ETag", f'"{name}"')
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
