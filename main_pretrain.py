@@ -74,7 +74,10 @@ def add_model_flags(flag) -> None:
     flag("--use_fm", int, [-1], text, nargs="+", metavar="BLOCK")
     flag("--use_input", bool, False, "CrossMAE: also sum the encoder's input tokens")
     flag("--self_attn", bool, False, "CrossMAE: self-attention in every decoder block")
-    text = "initialize from these weights (file, https:// or hf:// URL) with a new optimizer"
+    text = (
+        "initialize from these weights (file, https:// or hf:// URL, folder of transformers or "
+        "timm, timm:NAME) with a new optimizer"
+    )
     flag("--init_from", str, "", text)
 
 

@@ -47,7 +47,8 @@ def add_model_flags(flag) -> None:
     flag("--global_pool", bool, False, "classify the mean patch token (the default)")
     options = dict(action="store_false", dest="global_pool")
     flag("--cls_token", bool, False, "classify the class token", **options)
-    flag("--finetune", str, "", "pre-trained checkpoint: a file, an https:// or hf:// URL")
+    text = "pre-trained weights: file, https:// or hf:// URL, folder of transformers or timm, timm:NAME"
+    flag("--finetune", str, "", text)
     flag("--layer_decay", float, 0.75, "factor on the learning rate per layer")
     text = (
         "also keep an exponential moving average of the weights and evaluate it; with --eval and "
