@@ -47,7 +47,7 @@ def add_model_flags(flag) -> None:
     flag("--global_pool", bool, False, "classify the mean patch token (the default)")
     options = dict(action="store_false", dest="global_pool")
     flag("--cls_token", bool, False, "classify the class token", **options)
-    text = "pre-trained weights: file, https:// or hf:// URL, folder of transformers or timm, timm:NAME"
+    text = "pre-trained weights: file, URL, folder of transformers or timm, timm:NAME"
     flag("--finetune", str, "", text)
     flag("--layer_decay", float, 0.75, "factor on the learning rate per layer")
     text = (
