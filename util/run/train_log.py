@@ -55,7 +55,6 @@ class TrainLog:
         self.unread: list[tuple[int, float, Tensor, Tensor | None]] = []
         self.metrics = MetricLogger()
         self.metrics.add_meter("lr", SmoothedValue(1, "{value:.6f}"))
-        self.metrics.add_meter("loss", SmoothedValue())
         if state is not None:
             self.skipped = state.restore_meters(self.metrics)
 
