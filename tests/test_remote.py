@@ -23,7 +23,7 @@ from processes import FINETUNE, PRETRAIN, SAVE_EVERY_STEP, fork_server, read_log
 from test_labels import pack
 
 from tools import knn
-from util.data import remote
+from util.data import remote, shard_copy
 from util.data.remote import localize, run_together
 from util.data.shards import read_shards
 from util.data.sources import list_pretrain_images
@@ -124,6 +124,7 @@ def test_a_local_source_is_unchanged(tmp_path):
         ("memory://nothing", [""], "no .tar file in memory://nothing"),
         ("memory://bucket/train", ["train", "val"], "no .tar file in .*; labels are needed"),
         (PATTERN, ["train", "val"], "labels are needed here: name the folder that holds"),
+        ("memory://bucket/x.tar.gz", [""], "is compressed.*unpack it"),
         ("memory://bucket/../x.tar", [""], r"holds '\.\.'"),
         ("nosuch://bucket/x.tar", [""], "Cannot read nosuch://bucket/x.tar .*nosuch"),
     ],
@@ -156,8 +157,8 @@ def test_too_little_space_is_said_first(bucket, shards, monkeypatch, tmp_path):
     """With both sizes, before anything is copied; what is there already does not count."""
     usage = namedtuple("usage", "total used free")
     size = sum((shards / f"set-{part:04d}.tar").stat().st_size for part in range(3))
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: usage(0, 0, size - 1))
-    monkeypatch.setattr(remote, "in_gib", lambda size: f"{size} bytes")
+    monkeypatch.setattr(shard_copy.shutil, "disk_usage", lambda _: usage(0, 0, size - 1))
+    monkeypatch.setattr(shard_copy, "in_gib", lambda size: f"{size} bytes")
     text = rf"3 shards to copy take {size} bytes, --shard_cache .* has {size - 1} bytes free"
     with pytest.raises(UserError, match=text):
         localize(PATTERN, tmp_path, "")
