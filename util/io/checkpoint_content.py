@@ -57,7 +57,9 @@ def is_optimizer(value) -> bool:
 
 
 def is_group(value) -> bool:
-    return is_dict(value) and isinstance(value.get("params"), list) and is_number(value.get("lr"))
+    if not is_dict(value) or not isinstance(value.get("params"), list):
+        return False
+    return all(map(is_count, value["params"])) and is_number(value.get("lr"))
 
 
 def is_meters(value) -> bool:

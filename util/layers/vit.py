@@ -90,7 +90,8 @@ class ViTBackbone(nn.Module):
         """Class token, then embedded patches: all (B, 1 + L, D), or those of ids (B, V)."""
         pos_embed = self.pos_embed[:, 1:] if ids is None else self.pos_embed[0, 1:][ids]
         x = self.patch_embed(imgs, ids) + pos_embed
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        # From (1, D): the gradient of one image is then contiguous too, which DDP asks for.
+        cls_token = (self.cls_token[0] + self.pos_embed[0, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
     def run_blocks(self, x: Tensor, num_blocks: int | None = None) -> Iterator[Tensor]:
