@@ -12,12 +12,17 @@ within the noise floor shows no difference.
 --what loader     images per second of one process: --loader fast against --loader recipe, with the
                   same crops of JPEG files; then every installed JPEG decoder alone
 --what eval       forward of the fine-tuned classifier, against timm's VisionTransformer
+--what traffic    kernels, bytes moved and bytes kept for backward by forward and backward of
+                  pre-training, counted without data for a GPU (bf16 unless --amp off), against the
+                  reference implementation; with the speed that these allow at the rates that the
+                  vendors state: an estimate, not a measurement
 --what save       writing a checkpoint with optimizer state, against torch.save in place
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from functools import partial
 from io import BytesIO
@@ -29,10 +34,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
+
 import models_vit
 from tools.benchmark_step import measure_optimizer, measure_save, measure_step
 from tools.measure import Timer, compare, count_flops, peak_memory
 from tools.timm_model import to_timm
+from tools.traffic import measure_traffic
 from util.build import find_factory
 from util.data.image_io import open_image, read_image
 from util.data.jpeg import DECODERS
@@ -144,6 +152,7 @@ MEASURES = {
     "loader": measure_loader,
     "eval": measure_eval,
     "save": measure_save,
+    "traffic": measure_traffic,
 }
 
 
@@ -164,6 +173,8 @@ def get_args_parser() -> FlagParser:
     flag("--amp", str, "auto", "autocast dtype", choices=amp_types)
     flag("--enable_flash_attention2", bool, False, "not in the reference")
     flag("--grad_checkpointing", bool, False, "not in the reference")
+    text = "operations computed again in backward"
+    flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
     flag("--compile", bool, False, "compile the blocks; not in the reference")
     flag("--repeats", int, 7, "pairs measured")
     flag("--steps", int, 1, "calls per timing; GPU: 20 or more")

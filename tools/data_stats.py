@@ -12,6 +12,7 @@ import argparse
 import math
 import shlex
 import statistics
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.data.sources import evenly_spaced, is_folder, list_folder, list_images
 from util.data.stats import (

@@ -18,10 +18,13 @@ with the same settings writes nothing; a folder with other content is refused.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.io.errors import UserError
 from util.run.flags import FlagParser, add_flag

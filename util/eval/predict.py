@@ -20,7 +20,7 @@ def predict(args) -> None:
     Raises:
         UserError: the checkpoint is not a classifier.
     """
-    model, trained = load_trained(args.resume, model=args.model)
+    model, trained = load_trained(args.resume, model=args.model, model_ema=args.model_ema)
     if model.kind != "classifier":
         raise UserError(
             f"{args.resume} is a pre-training checkpoint, which has no classes; --predict needs a "

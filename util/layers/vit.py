@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.layers.attention import AttentionBackend
-from util.layers.blocks import Block, CrossAttentionBlock, LayerNorm, PatchEmbed
+from util.layers.blocks import Block, CrossAttentionBlock, LayerNorm, Mlp, PatchEmbed
 from util.layers.masking import Masking, num_visible_and_predicted, random_masking
 from util.layers.patchify import gather_patches, normalize_patches, patchify, unpatchify
 from util.pos_embed import get_2d_sincos_pos_embed
@@ -50,7 +50,7 @@ class ViTBackbone(nn.Module):
     They do so themselves because the published checkpoints differ in the order of these tensors.
     """
 
-    kind: str  # "mae", "crossmae" or "classifier"
+    kind: str  # "mae", "crossmae", "classifier" or "encoder"
     grad_checkpointing = False  # keep only block inputs and run each block again in backward
     has_unused_blocks = False  # whether the last encoder blocks get no gradient
 
@@ -106,6 +106,19 @@ class ViTBackbone(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
+    def set_recompute(self, policy: str) -> None:
+        """Choose what backward computes again instead of keeping it.
+
+        Args:
+            policy: "none", "gelu", "all" (LayerNorm and GELU), or "blocks" (whole blocks).
+        """
+        self.grad_checkpointing = policy == "blocks"
+        for module in self.modules():
+            if isinstance(module, Mlp):
+                module.recompute_gelu = policy in ("gelu", "all")
+            elif isinstance(module, Block | CrossAttentionBlock):
+                module.recompute_norm = policy == "all"
+
     def forward_features(self, imgs: Tensor) -> Features:
         """Features of whole images, nothing masked: imgs (B, C, H, W).
 
@@ -114,6 +127,28 @@ class ViTBackbone(nn.Module):
         *_, x = self.run_blocks(self.embed(imgs))
         x = getattr(self, "norm", nn.Identity())(x)
         return Features(x[:, 0], x[:, 1:])
+
+
+class Encoder(ViTBackbone):
+    """The encoder of a model, without decoder or head; `forward` returns its Features."""
+
+    kind = "encoder"
+
+    def __init__(self, model: ViTBackbone):
+        """
+        Args:
+            model: whose modules and parameters these are.
+        """
+        nn.Module.__init__(self)
+        self.embed_dim = model.embed_dim
+        self.cls_token, self.pos_embed = model.cls_token, model.pos_embed
+        self.patch_embed, self.blocks = model.patch_embed, model.blocks
+        if hasattr(model, "norm"):
+            self.norm = model.norm
+
+    def forward(self, imgs: Tensor) -> Features:
+        """imgs (B, C, H, W), nothing masked."""
+        return self.forward_features(imgs)
 
 
 class MaskedAutoencoder(ViTBackbone):

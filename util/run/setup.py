@@ -111,14 +111,14 @@ def training_time(args, state):
     logger.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
 
 
-def log_epoch(args, stats: dict) -> None:
-    """Append one JSON line to log.txt, on rank 0.
+def log_epoch(args, stats: dict, name: str = "log.txt") -> None:
+    """Append one JSON line to log.txt, or to another file of the output folder, on rank 0.
 
     Raises:
         UserError: it cannot be written.
     """
     if args.rank == 0 and args.output_dir:
-        path = Path(args.output_dir, "log.txt")
+        path = Path(args.output_dir, name)
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(stats) + "\n")
