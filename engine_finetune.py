@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.distributed import all_reduce_sum, sync_gradients
+from util.distributed import all_reduce_max, all_reduce_sum, sync_gradients
 from util.lr_sched import adjust_learning_rate
 from util.metrics import MetricLogger
 from util.optim import autocast, choose_amp_dtype
@@ -83,34 +83,53 @@ def evaluate(data_loader, model, device, amp_dtype="auto") -> dict[str, float]:
         amp_dtype: autocast dtype, None for float32.
 
     Returns:
-        acc1 and acc5 in percent and loss (cross entropy): means over images, which depend neither
-        on the batch size nor on the world size.
+        acc1 and acc5 in percent and loss (cross entropy): means over images; mean_class in percent:
+        mean over classes of their acc1. None depends on the batch size or the world size.
     """
     model.eval()
     if amp_dtype == "auto":
         amp_dtype = choose_amp_dtype("auto", device)
     metric_logger = MetricLogger()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    per_class = torch.zeros(2, 0, dtype=torch.float64, device=device)  # correct, images
     for _, (imgs, labels) in metric_logger.log_every(data_loader, 10, "Test:"):
         imgs = imgs.to(device, non_blocking=True)  # no copy after DeviceLoader
         labels = labels.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
             logits = model(imgs)
-        batch = score(logits.float(), labels)
+        batch, batch_per_class = score(logits.float(), labels)
         totals += batch
+        per_class = batch_per_class + per_class if per_class.numel() else batch_per_class
         loss, acc1, acc5 = (batch[:3] / batch[3]).tolist()
         metric_logger.update(loss=loss, acc1=100 * acc1, acc5=100 * acc5)
 
     loss, acc1, acc5 = (all_reduce_sum(totals)[:3] / totals[3]).tolist()
     stats = {"loss": loss, "acc1": 100 * acc1, "acc5": 100 * acc5}
+    stats["mean_class"] = 100 * average_classes(per_class)
     logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", stats["acc1"], stats["acc5"], stats["loss"])
+    logger.info("Mean per-class accuracy: %.3f", stats["mean_class"])
     return stats
 
 
-def score(logits: Tensor, labels: Tensor) -> Tensor:
-    """Float64 sums over a batch, logits (B, classes): loss, top-1 and top-5 correct, images."""
+def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 sums over a batch, logits (B, classes): loss, top-1 and top-5 correct, images; and
+    top-1 correct and images of each class, (2, classes).
+    """
     loss = F.cross_entropy(logits, labels, reduction="sum")
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     correct = best == labels.unsqueeze(1)
     count = torch.tensor(len(labels), device=logits.device)
-    return torch.stack([loss, correct[:, 0].sum(), correct.sum(), count]).double()
+    totals = torch.stack([loss, correct[:, 0].sum(), correct.sum(), count]).double()
+    of_class = F.one_hot(labels, logits.shape[1]).double()  # (B, classes)
+    return totals, torch.stack([correct[:, 0].double() @ of_class, of_class.sum(0)])
+
+
+def average_classes(per_class: Tensor) -> float:
+    """Mean of the accuracies of the classes that have images, over all ranks.
+
+    per_class: correct and all images of each class, (2, classes); (2, 0) on a rank without images.
+    """
+    (num_classes,) = all_reduce_max([per_class.shape[1]], per_class.device)
+    per_class = F.pad(per_class, (0, int(num_classes) - per_class.shape[1]))
+    correct, count = all_reduce_sum(per_class)
+    return (correct / count)[count > 0].mean().item()

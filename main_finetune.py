@@ -6,6 +6,7 @@ torchrun --nproc_per_node=4 main_finetune.py --finetune output/pretrain/checkpoi
 import argparse
 import logging
 
+import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
@@ -21,6 +22,7 @@ from util.data.checks import (
     drop_default_policy,
 )
 from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.remote import localize
 from util.datasets import build_dataset
 from util.distributed import broadcast_buffers, wrap_ddp
 from util.eval.predict import predict
@@ -84,8 +86,12 @@ def check_args(args) -> None:
     check_flags(args, get_args_parser())
 
 
-def build_criterion(args):
-    """(loss, mixup function or None); with mixup, label smoothing goes into the mixed targets."""
+def build_criterion(args, labels: list[int]):
+    """(loss, mixup function or None); with mixup, label smoothing goes into the mixed targets.
+
+    Args:
+        labels: class index of every training image.
+    """
     if is_mixing(args):
         logger.info("Mixup is activated!")
         mixup_fn = Mixup(
@@ -99,7 +105,11 @@ def build_criterion(args):
             num_classes=args.nb_classes,
         )
         return SoftTargetCrossEntropy(), mixup_fn
-    return nn.CrossEntropyLoss(label_smoothing=args.smoothing), None
+    weight = None
+    if args.class_weights == "balanced":
+        counts = torch.bincount(torch.tensor(labels), minlength=args.nb_classes)
+        weight = (len(labels) / (args.nb_classes * counts)).to(args.device)
+    return nn.CrossEntropyLoss(weight, label_smoothing=args.smoothing), None
 
 
 def build_optimizer(args, model):
@@ -136,6 +146,8 @@ def build_model(args, checkpoint: dict | None):
         check_cutmix(args)
         drop_default_policy(args)
         check_augmentation(args)
+    parts = ["val"] if args.eval else ["train", "val"]
+    args.data_path = localize(args.data_path, args.shard_cache, *parts)
     check_classes(args)
     if args.resume:
         check_trained_classes(args, checkpoint)
@@ -201,7 +213,7 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
     model, num_images = state.model, len(val_loader.dataset)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("number of params (M): %.2f", num_trainable / 1e6)
-    criterion, mixup_fn = build_criterion(args)
+    criterion, mixup_fn = build_criterion(args, [y for _, y in train_loader.dataset.samples])
     for epoch in range(state.epoch, args.epochs):
         train_loader.set_epoch(epoch, state.iteration)
         train_stats = train_one_epoch(
@@ -229,8 +241,9 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
         stats = {f"train_{k}": v for k, v in train_stats.items()}
         stats |= {f"test_{k}": v for k, v in test_stats.items()}
         log_epoch(args, stats | {"epoch": epoch, "n_parameters": num_trainable})
-        state.end_epoch(test_stats["acc1"])
-        logger.info("Max accuracy: %.2f%%", state.best)
+        state.end_epoch(test_stats[args.best_by])
+        kind = "accuracy" if args.best_by == "acc1" else "mean per-class accuracy"
+        logger.info("Max %s: %.2f%%", kind, state.best)
 
 
 def evaluate_ema(args, state: RunState, val_loader) -> dict[str, float]:

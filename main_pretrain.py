@@ -11,6 +11,7 @@ from engine_pretrain import train_one_epoch
 from util.build import build_pretrain_model
 from util.checkpoint import init_from
 from util.data.loaders import build_train_loader
+from util.data.remote import localize
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.eval.knn import OnlineKnn
@@ -168,6 +169,7 @@ def main(args) -> None:
     if checkpoint is not None:
         adopt_input(args, get_args_parser(), checkpoint.get("args", {}), args.resume)
     set_mean_std(args)
+    args.data_path = localize(args.data_path, args.shard_cache, "train", "", any_part=True)
     dataset = build_pretrain_dataset(args)  # before the model: mistakes show at once
     loader = build_train_loader(dataset, args)
     knn = OnlineKnn(args)

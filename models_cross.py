@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from util.io.errors import UserError
 from util.layers.blocks import CrossAttentionBlock
 from util.layers.masking import Masking
-from util.layers.recompute import mix
+from util.layers.mix import mix
 from util.layers.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, MaskedAutoencoder
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tools.measure import Timer, compare, count_flops, peak_memory
+from tools.traffic import Traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -28,9 +29,10 @@ def test_json_on_the_last_line(what, image_folder):
     assert result["what"] == what and result["ratio_median"] > 0 and result["ratio_min"] > 0
     assert {"noise_floor", "images_per_s", "peak_memory_ratio"} <= set(result)
     if what == "step":
-        assert 0.1 < result["peak_memory_ratio"] < 0.8 and result["images_per_s"] > 0
+        assert 0.1 < result["peak_memory_ratio"] < 1 and result["images_per_s"] > 0
     if what == "loader":
         assert result["mean_grey_level_difference"] < 0.2
+        assert result["decoded_per_s_pillow"] > 0 and result["decoded_per_s_torchvision"] > 0
 
 
 def test_flops_of_a_matrix_product():
@@ -55,3 +57,50 @@ def test_a_ratio_above_one_means_faster_than_the_reference():
         lambda: torch.zeros(10), lambda: torch.randn(2**21), Timer(CPU, steps=3), repeats=3
     )
     assert result["ratio_median"] > 10 and result["ratio_min"] > 10
+
+
+def test_traffic_of_single_operators():
+    """A product, a cast, an in-place copy and views, against bytes worked out by hand."""
+    x, expanded = torch.zeros(6, 4), torch.zeros(1, 4).expand(6, 4)
+    with Traffic() as traffic:
+        x.mm(torch.zeros(4, 5))  # 24 + 20 read, 30 written
+        x.t().unsqueeze(0)
+        assert traffic.matmul_bytes == 4 * (24 + 20 + 30) and traffic.kernels == 2
+        traffic.reset([])
+        x.bfloat16()
+        assert traffic.other_bytes == 24 * (4 + 2)
+        traffic.reset([])
+        x.copy_(expanded)  # 4 read, 24 written
+        assert traffic.other_bytes == 4 * (4 + 24) and traffic.matmul_bytes == 0
+
+
+def test_roofline_takes_the_longer_of_flops_and_bytes():
+    with Traffic() as traffic:
+        a, b = torch.zeros(8, 8), torch.zeros(8, 8)
+        traffic.reset([])
+        a @ b
+        a + b
+    product, addition = 2 * 8**3, 3 * 64 * 4  # FLOPs, bytes
+    assert traffic.seconds(1.0, 1e9) == pytest.approx(product + addition / 1e9)
+    assert traffic.seconds(1e9, 1.0) == pytest.approx(2 * addition)
+
+
+@pytest.mark.parametrize("flags", [[], ["--mae"], ["--amp", "off", "--recompute", "all"]])
+def test_traffic_of_a_step(flags):
+    """No more bytes outside products, and no more kept, than by the reference implementation."""
+    command = [
+        sys.executable,
+        "-m",
+        "tools.benchmark",
+        "--what",
+        "traffic",
+        *TINY.split(),
+        "--json",
+    ]
+    command += ["--batch_size", "256", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert 0.3 < result["ratio_outside_matmul"] < 1 and 0.3 < result["ratio_kept"] < 1
+    assert result["gb_in_matmul"] == pytest.approx(result["gb_in_matmul_textbook"], rel=0.1)
+    assert result["estimate: ratio, H100 SXM"] > 1

@@ -4,6 +4,7 @@ import logging
 import re
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from parity_data import (
@@ -16,9 +17,12 @@ from parity_data import (
     read_json,
     select,
 )
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.utils.class_weight import compute_class_weight
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 
+import main_finetune
 from engine_finetune import evaluate, train_one_epoch
 from util.lr_decay import param_groups_lrd
 from util.optim import NativeScalerWithGradNormCount
@@ -186,3 +190,34 @@ def test_hand_computed_accuracies(num_classes, acc1, acc5):
     assert not model.training
     assert (stats["acc1"], stats["acc5"]) == pytest.approx((acc1, acc5))
     assert stats["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
+
+
+def test_mean_per_class_accuracy():
+    """scikit-learn's balanced accuracy; classes without images do not count."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 6, generator=random)
+    labels = torch.randint(0, 4, (50,), generator=random).clamp(min=1)  # unequal, none of 0, 4, 5
+    logits[range(50), labels] += 1.0
+    stats = evaluate(list(zip(logits.split(7), labels.split(7), strict=True)), nn.Identity(), CPU)
+    expected = balanced_accuracy_score(labels, logits.argmax(1))
+    assert stats["mean_class"] == pytest.approx(100 * expected)
+    assert stats["mean_class"] != pytest.approx(stats["acc1"])
+
+
+def test_balanced_class_weights():
+    """The weights of scikit-learn's "balanced", in PyTorch's weighted mean with label smoothing."""
+    labels = [0, 0, 0, 0, 0, 1, 2, 2]
+    flags = ["--class_weights", "balanced", "--smoothing", "0.2", "--nb_classes", "3"]
+    args = main_finetune.parse_args([*flags, "--data_path", "x"])
+    args.device = CPU
+    criterion, mixup_fn = main_finetune.build_criterion(args, labels)
+    weights = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor(labels)
+    log_probs = logits.log_softmax(1) * torch.tensor(weights).float()
+    smooth = -(0.8 * log_probs[range(8), target] + 0.2 * log_probs.mean(1))
+    expected = smooth.sum() / torch.tensor(weights).float()[target].sum()
+    assert criterion(logits, target).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert mixup_fn is None
+    args.class_weights = "none"
+    assert main_finetune.build_criterion(args, labels)[0].weight is None

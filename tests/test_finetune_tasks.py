@@ -1,6 +1,8 @@
 """main_finetune.py besides fine-tuning: linear probing, reports, predictions, unused flags."""
 
 import csv
+import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import main_finetune
 import main_pretrain
 from util.checkpoint import load_pretrained
 from util.io.checkpoint_file import read_checkpoint
+from util.io.errors import UserError
 from util.layers.attention import AttentionBackend
 from util.run.launch import start_logging
 
@@ -42,6 +45,33 @@ def test_finetune_from_classifier_initializes_new_head(runs, image_folder, caplo
     assert "newly initialized: head.weight, head.bias" in caplog.text
     assert not torch.equal(model.head.weight, trained["head.weight"])
     assert torch.equal(model.fc_norm.weight, trained["fc_norm.weight"])
+
+
+def test_best_by_mean_per_class_accuracy(image_folder, tmp_path, capsys):
+    """checkpoint-best.pth is the best of what was chosen; a resume does not change the choice."""
+    (data := tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(image_folder / split, data / split)
+        for index in range(6):  # 10 images of a, 4 of b
+            shutil.copy(data / split / "a/0.jpg", data / split / f"a/{index}_more.jpg")
+    flags = [*MODEL, "--data_path", str(data), "--epochs", "3", "--warmup_epochs", "0"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--class_weights", "balanced"]
+    main_finetune.main(main_finetune.parse_args([*flags, "--best_by", "mean_class"]))
+    lines = (tmp_path / "out/log.txt").read_text().splitlines()
+    values = [json.loads(line)["test_mean_class"] for line in lines]
+    state = read_checkpoint(tmp_path / "out/checkpoint.pth")["state"]
+    assert state["best"] == max(values) and len(values) == 3
+    best = read_checkpoint(tmp_path / "out/checkpoint-best.pth")
+    assert values[best["epoch"]] == max(values)
+    assert f"Max mean per-class accuracy: {max(values):.2f}%" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--best_by is acc1, but .* keeps the best by mean_class"):
+        main_finetune.main(main_finetune.parse_args([*flags, "--resume", "auto", "--epochs", "4"]))
+
+
+def test_class_weights_do_not_mix():
+    flags = ["--class_weights", "balanced", "--mixup", "0.8", "--data_path", "x"]
+    with pytest.raises(UserError, match="--class_weights weights one label per image"):
+        main_finetune.check_args(main_finetune.parse_args(flags))
 
 
 def test_linear_probe_keeps_the_encoder_frozen(runs, image_folder, tmp_path, capsys):

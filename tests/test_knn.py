@@ -118,7 +118,7 @@ def write_data(folder: Path, splits: dict[str, list[str]], count: int = 4) -> No
 
 def test_different_classes_are_refused(tmp_path):
     write_data(tmp_path, {"train": ["red", "green"], "val": ["red", "blue"]}, count=1)
-    with pytest.raises(ValueError, match=r"different class folders \(such as blue, green\)"):
+    with pytest.raises(ValueError, match=r"different classes \(such as blue, green\)"):
         list_splits(str(tmp_path))
 
 

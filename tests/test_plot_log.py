@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_visualize import assert_axes_do_not_overlap
 
 from tools import plot_log
 from util.io.errors import UserError
@@ -44,7 +45,7 @@ def test_a_torn_last_line_is_left_out(tmp_path, caplog):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="output folder of a run"):
+    with pytest.raises(UserError, match="name a run's output folder"):
         plot_log.read_log(str(tmp_path))
     other = write_log(tmp_path / "a", ["hello", {"epoch": 0}])
     with pytest.raises(ValueError, match="Line 1"):
@@ -119,6 +120,17 @@ def test_points_are_where_they_belong():
     assert tuple(page[len(page) - 1 - int(y), int(x) + 9]) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("num_panels, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 3, 2)])
+def test_panels_have_one_size_and_do_not_overlap(num_panels, columns, rows):
+    panels = {(f"key{i}", ""): {"a": [(0, 0.0), (1, 1.0)]} for i in range(num_panels)}
+    figure = plot_log.draw_curves(panels)
+    width, height = figure.get_size_inches()
+    assert width == pytest.approx(3.3 * columns)
+    assert height == pytest.approx(2.4 * rows, abs=0.3)
+    figure_to_array(figure)  # the layout is made when it is drawn
+    assert_axes_do_not_overlap(figure)
+
+
 def test_runs_of_more_than_all_colors_differ():
     curves = {f"run {i}": [(0, i), (1, i)] for i in range(25)}
     lines = plot_log.draw_curves({("x", ""): curves}).axes[0].lines
@@ -169,6 +181,13 @@ def test_log_scale(tmp_path, figures):
     assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log"]
     figure_to_array(figures[1])
     assert figures[1].axes[0].get_ylim()[0] > 0
+
+
+def test_a_folder_of_runs_lists_them(tmp_path):
+    for name in ("b", "a/deep"):
+        write_log(tmp_path / name, [{"epoch": 0, "train_loss": 1.0}])
+    with pytest.raises(UserError, match=f"below it: {tmp_path}/a/deep {tmp_path}/b"):
+        plot_log.read_log(str(tmp_path))
 
 
 def test_command(tmp_path):

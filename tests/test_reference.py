@@ -71,7 +71,7 @@ def test_other_sizes_and_channels_match_reference(factory, request):
 @pytest.mark.parametrize("factory", ["tiny_cross", "tiny_mae"])
 def test_grad_checkpointing_matches_reference(factory, request):
     model = perturb(request.getfixturevalue(factory)())
-    model.grad_checkpointing = True
+    model.set_recompute("blocks")
     assert_matches_reference(model, (0.75, 0.75))
 
 

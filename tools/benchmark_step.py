@@ -23,7 +23,7 @@ def measure_step(args, device: torch.device, timer: Timer) -> dict:
     """Training step of pre-training on random images."""
     amp_dtype = choose_amp_dtype(args.amp, device)
     model = build_model(args, device)
-    losses = build_losses(model, args, device)
+    losses = build_losses(model, args, device, amp_dtype)
     loss, _ = losses
     compile_s = None
     if args.compile:
@@ -61,17 +61,16 @@ def build_model(args, device: torch.device) -> nn.Module:
         attention_backend=get_attention_backend(args.enable_flash_attention2, device, amp_dtype),
         **options,
     )
-    model.grad_checkpointing = args.grad_checkpointing
+    model.set_recompute("blocks" if args.grad_checkpointing else args.recompute)
     return model.to(device).train()
 
 
-def build_losses(model: nn.Module, args, device: torch.device):
+def build_losses(model: nn.Module, args, device: torch.device, amp_dtype: torch.dtype | None):
     """Two functions without arguments: the loss by the model and by the reference implementation.
 
     Raises:
         UserError: the ratios leave no patch to see or to predict.
     """
-    amp_dtype = choose_amp_dtype(args.amp, device)
     imgs = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
     noise = torch.rand(args.batch_size, model.patch_embed.num_patches, device=device)
     ratios = args.mask_ratio, args.kept_mask_ratio
@@ -130,7 +129,7 @@ def fill_gradients(model: nn.Module) -> None:
 def measure_optimizer(args, device: torch.device, timer: Timer) -> dict:
     """Optimizer step of pre-training."""
     model = build_model(args, device)
-    loss, _ = build_losses(model, args, device)
+    loss, _ = build_losses(model, args, device, choose_amp_dtype(args.amp, device))
     loss().backward()
     adamw, default_adamw = build_adamws(model)
     return compare(adamw.step, default_adamw.step, timer, args.repeats)

@@ -64,7 +64,8 @@ def show_part(place: Path, args) -> tuple[list[ImageStats], Counter, int]:
     print(f"{place}: {len(paths)} images")
     class_counts = Counter()
     if images.classes:
-        class_counts.update({entry.name: 0 for entry in list_folder(place) if is_folder(entry)})
+        if place.is_dir():
+            class_counts.update({entry.name: 0 for entry in list_folder(place) if is_folder(entry)})
         class_counts.update(images.classes[label] for _, label in images.samples)
         show_classes(class_counts)
     chosen = evenly_spaced(paths, args.limit or len(paths))

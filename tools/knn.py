@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.build import load_trained
+from util.data.remote import localize
 from util.eval.inference import (
     add_inference_flags,
     build_inference_loader,
@@ -43,6 +44,7 @@ def get_args_parser() -> FlagParser:
     parser = FlagParser("python -m tools.knn", description=__doc__.splitlines()[0])
     flag = partial(add_flag, parser)
     flag("--data_path", str, None, "folder with train/ and val/", required=True)
+    flag("--shard_cache", str, None, "where shards at a URL are copied to", metavar="DIR")
     text = "numbers of neighbors (default: 1 5 10 20 100)"
     flag("--k", int, [1, 5, 10, 20, 100], text, nargs="+")
     flag("--temperature", float, 0.07, "T of the vote")
@@ -72,7 +74,8 @@ def choose_ks(ks: list[int], num_train: int) -> list[int]:
 
 def main(args: argparse.Namespace) -> None:
     check_ranges(args, {"temperature": "(0, inf]"})
-    classes, train, val = list_splits(args.data_path)
+    data_path = localize(args.data_path, args.shard_cache, "train", "val")
+    classes, train, val = list_splits(data_path)
     ks = choose_ks(args.k, len(train))
     model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
     set_inference_flags(trained, args)

@@ -52,7 +52,9 @@ def read_log(source: str) -> dict[str, Curve]:
     """Curves of a run by key; where an epoch was logged twice, the later line counts."""
     path = find_log(source)
     if not path.is_file():
-        raise UserError(f"There is no file {path}; name the output folder of a run.")
+        below = sorted(str(log.parent) for log in Path(source).glob("**/log.txt"))
+        remedy = f"name runs below it: {' '.join(below)}" if below else "name a run's output folder"
+        raise UserError(f"There is no file {path}; {remedy}.")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     epochs = {}
     for index, line in enumerate(lines):
@@ -124,7 +126,7 @@ def unit_of(key: str, loss_kind: str) -> str:
     """The unit of a key's values, or the kind of a loss; '' if there is none."""
     if key.endswith("_loss"):
         return loss_kind
-    return "%" if "_acc" in key else ""
+    return "%" if "_acc" in key or key.endswith("_mean_class") else ""
 
 
 def draw_curves(

@@ -74,7 +74,7 @@ def build(factory, args, options: dict, attention_backend) -> nn.Module:
         attention_backend=attention_backend,
         **{name: value for name, value in options.items() if value is not None},
     )
-    model.grad_checkpointing = args.grad_checkpointing
+    model.set_recompute("blocks" if args.grad_checkpointing else args.recompute)
     return model
 
 
@@ -128,7 +128,9 @@ def model_of(
     if "model" not in known:
         raise CheckpointError(f"{source} does not say which model it holds; name it with --model.")
     defaults = SHARED_DEFAULTS | (CLASSIFIER_DEFAULTS if is_classifier else PRETRAIN_DEFAULTS)
-    args = argparse.Namespace(**{**defaults, **known, "grad_checkpointing": False})
+    args = argparse.Namespace(
+        **{**defaults, **known, "grad_checkpointing": False, "recompute": "none"}
+    )
     if isinstance(args.input_size, list):
         args.input_size = tuple(args.input_size)
     set_mean_std(args)

@@ -124,12 +124,10 @@ class MetricLogger:
                     self.join(n for n in self.meters if n not in LATE_METERS),
                     f"time: {step_time.avg:.4f}",
                     f"data: {data_time.avg:.4f}",
-                    f"max mem: {peak_memory_mib():.0f}",
+                    f"max mem: {peak_memory_mib():.0f} MiB",
                     f"img/s: {speed:.1f}",
                     f"wait: {100 * data_time.avg / step_time.avg:.0f}%",
                 ]
-                if "lr" in self.meters and self.meters["lr"].recent:  # not all were skipped
-                    parts.append(f"rate: {self.meters['lr'].value:.3e}")
                 parts += [self.join([n]) for n in LATE_METERS if n in self.meters]
                 logger.info(self.delimiter.join(parts))
             end = time.perf_counter()

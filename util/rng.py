@@ -39,6 +39,11 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def mix_seeds(*key: int) -> int:
+    """A seed of 32 bits from several numbers >= 0; keys that differ in one number share nothing."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 @contextlib.contextmanager
 def seeded(*key: int):
     """Seed every CPU generator from `key`; the previous states come back at the end.
@@ -46,7 +51,7 @@ def seeded(*key: int):
     Called once per image, so it keeps the states as they are instead of converting them.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    seed = mix_seeds(*key)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's as well

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from util.data.transforms import normalize
 from util.distributed import get_rank, get_world_size
 from util.io.errors import UserError, escape
+from util.rng import mix_seeds
 from util.run.signals import ignore_signals_in_worker, kill_workers
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class TrainBatchSampler(Sampler):
         return self.num_images // self.world_size // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)[self.rank :: self.world_size]
         for batch in range(self.first_batch, len(self)):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.data.sources import check_same_classes, list_classes
+from util.data.labels import check_same_classes, list_labeled
 from util.distributed import all_gather_rows, all_reduce_sum
 from util.eval.inference import build_inference_loader, run_features
 
@@ -90,7 +90,7 @@ def list_splits(data_path: str) -> tuple[list[str], list, list]:
     Raises:
         UserError: one of them is missing or has an empty class, or their classes differ.
     """
-    train, val = (list_classes(Path(data_path, split)) for split in ("train", "val"))
+    train, val = (list_labeled(Path(data_path, split)) for split in ("train", "val"))
     check_same_classes(data_path, train.classes, val.classes)
     return train.classes, train.samples, val.samples
 

@@ -61,7 +61,9 @@ def is_optimizer(value) -> bool:
 
 
 def is_group(value) -> bool:
-    return is_dict(value) and isinstance(value.get("params"), list) and is_number(value.get("lr"))
+    if not is_dict(value) or not isinstance(value.get("params"), list):
+        return False
+    return all(map(is_count, value["params"])) and is_number(value.get("lr"))
 
 
 def is_meters(value) -> bool:
@@ -100,6 +102,7 @@ STATE = {
     "iteration": (is_count, "an iteration from 0"),
     "meters": (is_meters, "totals and counts by name"),
     "best": (lambda x: x is None or is_number(x), "a number or None"),
+    "best_by": (lambda x: x is None or isinstance(x, str), "the name of an accuracy or None"),
     "num_images": (lambda x: x is None or is_count(x, 1), "a positive count or None"),
     "random": (are_random_states, "random states, one per rank"),
     **dict.fromkeys(

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+import socket
 import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -120,15 +121,32 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_offline() -> bool:
+    """Whether the Hub cannot be reached at all; its own client retries for half a minute."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():  # which may know names that this machine does not
+        return False
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
+
+
 def fetch_from_hub(source: str) -> str:
     """hf://owner/repository/path, through huggingface_hub and its cache (or HF_HUB_OFFLINE)."""
     from huggingface_hub import hf_hub_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs every retry, twice
+    logger.info("Looking for %s", source)
     owner, repository, *path = [*source.removeprefix("hf://").split("/"), "", ""]
     if not any(path):
         raise UserError(f"{source} names no file; use hf://owner/repository/path.")
     try:
-        return hf_hub_download(f"{owner}/{repository}", "/".join(path).rstrip("/"))
+        return hf_hub_download(
+            f"{owner}/{repository}", "/".join(path).rstrip("/"), local_files_only=is_offline()
+        )
     except Exception as error:  # the hub's errors have no common base class
         raise UserError(
             f"Could not download {source} ({one_line(error)}); check the name and the network."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from util.io.errors import UserError
 from util.layers.attention import AttentionBackend
 from util.layers.patchify import gather_patches
-from util.layers.recompute import recompute_then_linear
+from util.layers.recompute import gelu_linear, norm_linear
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # of every published model
 
@@ -54,15 +54,19 @@ class PatchEmbed(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with the exact (erf) GELU between them."""
 
+    recompute_gelu = False
+
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """mlp(norm(x)): (B, N, D) -> (B, N, D)."""
-        hidden = recompute_then_linear(norm, x, self.fc1)
-        return recompute_then_linear(nn.functional.gelu, hidden, self.fc2)
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); of norm(x), recomputed in backward, if norm is given."""
+        hidden = norm_linear(norm, x, self.fc1) if norm else self.fc1(x)
+        if self.recompute_gelu:
+            return gelu_linear(hidden, self.fc2)
+        return self.fc2(nn.functional.gelu(hidden))
 
 
 class Attention(nn.Module):
@@ -76,12 +80,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """attention(norm(x)): (B, N, D) -> (B, N, D)."""
-        qkv = recompute_then_linear(norm, x, self.qkv).unflatten(2, (3, self.num_heads, -1))
-        return self.proj(
-            self.attention_backend.self_attention(qkv).flatten(2)
-        )  # (B, N, H, d) -> (B, N, D)
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); of norm(x), recomputed in backward, if norm is given."""
+        qkv = norm_linear(norm, x, self.qkv) if norm else self.qkv(x)
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, H, d)
+        return self.proj(self.attention_backend.self_attention(qkv).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -98,20 +101,21 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(context_dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, norm: nn.Module, context: Tensor, context_norm=None) -> Tensor:
-        """Attend from norm(x) (B, N, D) to context_norm(context) (B, M, C) -> (B, N, D)."""
-        q = recompute_then_linear(norm, x, self.q).unflatten(2, (self.num_heads, -1))
-        kv = (
-            recompute_then_linear(context_norm, context, self.kv)
-            if context_norm
-            else self.kv(context)
-        )
+    def forward(self, x: Tensor, context: Tensor, norm=None, context_norm=None) -> Tensor:
+        """Attend from x (B, N, D) to context (B, M, C) -> (B, N, D); of norm(x) and
+        context_norm(context), recomputed in backward, if they are given.
+        """
+        q = norm_linear(norm, x, self.q) if norm else self.q(x)
+        kv = norm_linear(context_norm, context, self.kv) if context_norm else self.kv(context)
+        q = q.unflatten(2, (self.num_heads, -1))  # (B, N, H, d)
         kv = kv.unflatten(2, (2, self.num_heads, -1))  # (B, M, 2, H, d)
         return self.proj(self.attention_backend.cross_attention(q, kv).flatten(2))
 
 
 class Block(nn.Module):
     """Pre-norm encoder block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    recompute_norm = False
 
     def __init__(
         self,
@@ -131,12 +135,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        x = x + self.drop_path(self.attn(x, self.norm1))
-        return x + self.drop_path(self.mlp(x, self.norm2))
+        if self.recompute_norm:
+            x = x + self.drop_path(self.attn(x, self.norm1))
+            return x + self.drop_path(self.mlp(x, self.norm2))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class CrossAttentionBlock(nn.Module):
     """CrossMAE decoder block: optional self-attention, cross-attention to a context, MLP."""
+
+    recompute_norm = False
 
     def __init__(
         self,
@@ -160,10 +169,16 @@ class CrossAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, context_norm: nn.Module | None = None) -> Tensor:
         """Queries x (B, N, D), context (B, M, C), normalized by context_norm -> (B, N, D)."""
+        if self.recompute_norm:
+            if self.has_self_attn:
+                x = x + self.self_attn(x, self.norm0)
+            x = x + self.cross_attn(x, context, self.norm1, context_norm)
+            return x + self.mlp(x, self.norm2)
         if self.has_self_attn:
-            x = x + self.self_attn(x, self.norm0)
-        x = x + self.cross_attn(x, self.norm1, context, context_norm)
-        return x + self.mlp(x, self.norm2)
+            x = x + self.self_attn(self.norm0(x))
+        context = context_norm(context) if context_norm else context
+        x = x + self.cross_attn(self.norm1(x), context)
+        return x + self.mlp(self.norm2(x))
 
 
 def check_heads(dim: int, num_heads: int) -> None:

@@ -16,17 +16,12 @@ class Masking(NamedTuple):
 
     order: Tensor  # (B, L) patch indices
     num_visible: int
-    num_predicted: int
+    ids_pred: Tensor  # predicted patches (B, P), in raster order
 
     @property
     def ids_keep(self) -> Tensor:
         """Visible patches (B, V), in the random order."""
         return self.order[:, : self.num_visible]
-
-    @property
-    def ids_pred(self) -> Tensor:
-        """Predicted patches (B, P), in raster order."""
-        return self.order[:, self.order.shape[1] - self.num_predicted :].sort(dim=1).values
 
     @property
     def ids_restore(self) -> Tensor:
@@ -69,7 +64,9 @@ def num_visible_and_predicted(
 
 def random_masking(noise: Tensor, num_visible: int, num_predicted: int) -> Masking:
     """Order the patches of each image by noise (B, L), smallest first."""
-    return Masking(noise.argsort(dim=1), num_visible, num_predicted)
+    order = noise.argsort(dim=1)
+    ids_pred = order[:, order.shape[1] - num_predicted :].sort(dim=1).values
+    return Masking(order, num_visible, ids_pred)
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:

@@ -1,101 +1,93 @@
-"""Keep less for backward: recompute op operations instead of storing their outputs.
+"""Keep less for backward: recompute cheap operations instead of storing their outputs.
 
-`linear(op(x))` normally stores x for the backward of `op` and op(x) for the weight gradient of
-`linear`. `recompute_then_linear` stores x alone and evaluates `op` again in backward. With
-LayerNorm and GELU as `op`, a transformer block keeps 10 instead of 16 values per token and channel,
-at the price of a few per cent of its arithmetic; no matrix product is done twice.
+`linear(gelu(x))` normally stores x for the backward of GELU and gelu(x) for the weight gradient of
+`linear`; `linear(norm(x))` likewise. The functions here store x alone and compute the operation
+again in backward. No matrix product is done twice. Gradients are bit for bit those of autograd.
+
+Shapes: B images, N tokens, D width.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
 
-def recompute_then_linear(op: Callable[[Tensor], Tensor], x: Tensor, linear: nn.Linear) -> Tensor:
-    """linear(op(x)) of x (B, N, D), the same function and gradients, with x alone kept.
-
-    Args:
-        op: a module or function without randomness, such as LayerNorm or GELU.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler plans for itself
-        return linear(op(x))
-    params = tuple(op.parameters()) if isinstance(op, nn.Module) else ()
-    return RecomputeThenLinear.apply(op, x, linear.weight, linear.bias, *params)
+def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """linear(gelu(x)) of x (B, N, D); x has the type that the product is done in."""
+    if is_planned_elsewhere():
+        return linear(F.gelu(x))
+    return GeluLinear.apply(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
 
 
-class RecomputeThenLinear(torch.autograd.Function):
-    """F.linear(op(x), weight, bias); `params` are the parameters that `op` uses."""
+def norm_linear(norm: nn.Module, x: Tensor, linear: nn.Linear) -> Tensor:
+    """linear(norm(x)) of x (B, N, D); other modules than LayerNorm are never recomputed."""
+    if is_planned_elsewhere() or type(norm) is not nn.LayerNorm:
+        return linear(norm(x))
+    device = x.device.type
+    is_mixed = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_mixed else linear.weight.dtype
+    params = norm.weight, norm.bias, linear.weight.to(dtype), linear.bias.to(dtype)
+    return NormLinear.apply(x, norm.eps, *params)
+
+
+def is_planned_elsewhere() -> bool:
+    """Whether nothing is kept, or a compiler decides what is."""
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+class GeluLinear(torch.autograd.Function):
+    """F.linear(gelu(x), weight, bias), all of one dtype."""
 
     @staticmethod
-    def forward(ctx, op, x: Tensor, weight: Tensor, bias: Tensor, *params: Tensor) -> Tensor:
-        device = x.device.type
-        # Not through __call__ in backward: the hooks of a module have run in forward.
-        ctx.again = op.forward if isinstance(op, nn.Module) else op
-        ctx.amp_dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        )
-        ctx.save_for_backward(x, weight, *params)
-        return F.linear(op(x), weight, bias)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight, *params = ctx.saved_tensors
-        autocast = torch.autocast(x.device.type, ctx.amp_dtype, enabled=ctx.amp_dtype is not None)
-        x = x.detach().requires_grad_()
-        with torch.enable_grad(), autocast:
-            y = ctx.again(x)  # (B, N, D)
-        end, dtype = get_gradient_edge(y), y.dtype
-        _, _, needs_weight, needs_bias, *needs_params = ctx.needs_input_grad  # some may be frozen
-        rows = grad.flatten(0, -2)  # (B * N, out), of the type that the product was done in
-        grad_weight = grad_bias = None
-        if needs_weight:
-            grad_weight = (rows.T @ y.detach().to(grad.dtype).flatten(0, -2)).to(weight.dtype)
-        if needs_bias:
-            grad_bias = rows.sum(0)
-        del y  # before the next tensor of its size
-        grad_y = (grad @ weight.to(grad.dtype)).to(dtype)
-        trained = [p for p, needed in zip(params, needs_params, strict=True) if needed]
-        grad_x, *found = torch.autograd.grad(end, (x, *trained), grad_y)
-        found = iter(found)
-        grad_params = [next(found) if needed else None for needed in needs_params]
-        return None, grad_x, grad_weight, grad_bias, *grad_params
+        x, weight = ctx.saved_tensors
+        grad_weight, grad_bias = linear_backward(grad, F.gelu(x), ctx.needs_input_grad[1:])
+        return torch.ops.aten.gelu_backward(grad @ weight, x), grad_weight, grad_bias
 
 
-def mix(weight: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
-    """J weighted sums of K maps of one shape, weight (J, K); the maps alone are kept.
-
-    One matrix product over the stacked maps; the stack is built again in backward, since a second
-    copy of all feature maps would have to be kept for it.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return mix_stacked(weight, torch.stack(maps))
-    return Mix.apply(weight, *maps)
-
-
-def mix_stacked(weight: Tensor, stacked: Tensor) -> tuple[Tensor, ...]:
-    """weight (J, K), stacked (K, ...) -> J tensors (...)."""
-    return (weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).unbind(0)
-
-
-class Mix(torch.autograd.Function):
-    """See mix()."""
+class NormLinear(torch.autograd.Function):
+    """F.linear(layer_norm(x), weight, bias), normalized in the dtype of the norm's weight."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(weight, *maps)
-        return mix_stacked(weight, torch.stack(maps))
+    def forward(ctx, x: Tensor, eps: float, scale, shift, weight, bias) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(
+            x.to(scale.dtype), scale.shape, scale, shift, eps
+        )  # (B, N, D), (B, N, 1), (B, N, 1)
+        ctx.eps = eps
+        ctx.save_for_backward(x, scale, shift, weight, mean, rstd)
+        return F.linear(y.to(weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        weight, *maps = ctx.saved_tensors
-        grad = torch.stack(grads).flatten(1)  # (J, n)
-        stacked = torch.stack(maps).to(grad.dtype).flatten(1)  # (K, n)
-        grad_weight = (grad @ stacked.T).to(weight.dtype)
-        grad_maps = (weight.to(grad.dtype).T @ grad).unflatten(1, maps[0].shape)
-        return grad_weight, *(g.to(m.dtype) for g, m in zip(grad_maps, maps, strict=True))
+    def backward(ctx, grad: Tensor):
+        x, scale, shift, weight, mean, rstd = ctx.saved_tensors
+        x_dtype, x = x.dtype, x.to(scale.dtype)
+        y = torch.native_layer_norm(x, scale.shape, scale, shift, ctx.eps)[0].to(weight.dtype)
+        needs = ctx.needs_input_grad
+        grad_weight, grad_bias = linear_backward(grad, y, needs[4:])
+        del y  # before the next tensor of its size
+        grad_x, grad_scale, grad_shift = torch.ops.aten.native_layer_norm_backward(
+            (grad @ weight).to(x.dtype),
+            x,
+            scale.shape,
+            mean,
+            rstd,
+            scale,
+            shift,
+            [True, *needs[2:4]],
+        )
+        return grad_x.to(x_dtype), None, grad_scale, grad_shift, grad_weight, grad_bias
+
+
+def linear_backward(grad: Tensor, y: Tensor, needs: tuple[bool, ...]):
+    """Gradients of weight and bias of linear(y) where needed, else None: grad (B, N, out)."""
+    rows = grad.flatten(0, -2)
+    grad_weight = rows.T @ y.flatten(0, -2) if needs[0] else None
+    return grad_weight, rows.sum(0) if needs[1] else None

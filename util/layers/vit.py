@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.layers.attention import AttentionBackend
-from util.layers.blocks import Block, CrossAttentionBlock, LayerNorm, PatchEmbed
+from util.layers.blocks import Block, CrossAttentionBlock, LayerNorm, Mlp, PatchEmbed
 from util.layers.masking import Masking, num_visible_and_predicted, random_masking
 from util.layers.patchify import gather_patches, normalize_patches, patchify, unpatchify
 from util.pos_embed import get_2d_sincos_pos_embed
@@ -90,7 +90,8 @@ class ViTBackbone(nn.Module):
         """Class token, then embedded patches: all (B, 1 + L, D), or those of ids (B, V)."""
         pos_embed = self.pos_embed[:, 1:] if ids is None else self.pos_embed[0, 1:][ids]
         x = self.patch_embed(imgs, ids) + pos_embed
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        # From (1, D): the gradient of one image is then contiguous too, which DDP asks for.
+        cls_token = (self.cls_token[0] + self.pos_embed[0, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
     def run_blocks(self, x: Tensor, num_blocks: int | None = None) -> Iterator[Tensor]:
@@ -104,6 +105,19 @@ class ViTBackbone(nn.Module):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
+
+    def set_recompute(self, policy: str) -> None:
+        """Choose what backward computes again instead of keeping it.
+
+        Args:
+            policy: "none", "gelu", "all" (LayerNorm and GELU), or "blocks" (whole blocks).
+        """
+        self.grad_checkpointing = policy == "blocks"
+        for module in self.modules():
+            if isinstance(module, Mlp):
+                module.recompute_gelu = policy in ("gelu", "all")
+            elif isinstance(module, Block | CrossAttentionBlock):
+                module.recompute_norm = policy == "all"
 
     def forward_features(self, imgs: Tensor) -> Features:
         """Features of whole images, nothing masked: imgs (B, C, H, W).

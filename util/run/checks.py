@@ -103,12 +103,26 @@ def check_shared(args: argparse.Namespace) -> None:
                 "--wandb keeps its files in the output folder: give --output_dir.",
             ),
             (
+                bool(getattr(args, "shard_cache", None))
+                and "://" not in (getattr(args, "predict", "") or args.data_path),
+                "--shard_cache is for tar files at a URL: leave it out.",
+            ),
+            (
                 bool(args.config),
                 f"--config {args.config} was not read: parse the flags with parse_flags.",
             ),
             (
                 args.compile and args.grad_checkpointing,
                 "--compile plans memory itself: leave out --grad_checkpointing.",
+            ),
+            (
+                args.recompute != "none" and args.grad_checkpointing,
+                f"--grad_checkpointing already recomputes whole blocks: leave out --recompute "
+                f"{args.recompute}.",
+            ),
+            (
+                args.recompute != "none" and bool(args.compile),
+                f"--compile plans memory itself: leave out --recompute {args.recompute}.",
             ),
             (
                 args.skip_bad_images and getattr(args, "eval", False),

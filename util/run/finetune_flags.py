@@ -67,6 +67,8 @@ def add_augmentation_flags(flag) -> None:
     flag("--color_jitter", float, None, "strength of color jitter; used with an empty --aa")
     flag("--aa", str, "rand-m9-mstd0.5-inc1", "timm's auto-augment policy, '' for none")
     flag("--smoothing", float, 0.1, "label smoothing")
+    text = "balanced: weight the loss of a class by 1 / its number of images (mean weight 1)"
+    flag("--class_weights", str, "none", text, choices=["none", "balanced"])
     flag("--reprob", float, 0.25, "probability of random erasing")
     modes = ["const", "rand", "pixel"]
     flag("--remode", str, "pixel", "fill value of random erasing", choices=modes)
@@ -83,6 +85,8 @@ def add_augmentation_flags(flag) -> None:
 
 def add_evaluation_flags(flag) -> None:
     flag("--eval", bool, False, "only evaluate the --resume checkpoint")
+    text = "what checkpoint-best.pth is the best of: accuracy, or mean per-class accuracy"
+    flag("--best_by", str, "acc1", text, choices=["acc1", "mean_class"])
     flag("--dist_eval", bool, False, "split the validation set over the ranks")
     text = "with --eval: per-class accuracy and confusion matrix as CSV and PNG files"
     flag("--report", str, "", text, metavar="FOLDER")
@@ -112,6 +116,10 @@ def check_flags(args, parser) -> None:
             (
                 mixes and args.batch_size % 2 == 1 and not args.eval,
                 f"Mixup pairs images: --batch_size {args.batch_size} must be even.",
+            ),
+            (
+                mixes and args.class_weights != "none" and not args.eval,
+                "--class_weights weights one label per image, mixup makes two: leave one out.",
             ),
             (
                 bool(args.eval or args.predict) and args.resume in ("", "auto"),
@@ -170,8 +178,8 @@ def ignored_flags(args) -> dict[str, str]:
     if args.linear_probe:
         ignored["layer_decay"] = "--linear_probe trains the head alone"
     if args.eval or args.predict:
-        names = ("compile", "mixup", "cutmix", "cutmix_minmax", "layer_decay", "clip_grad")
-        names += ("model_ema_decay",)
+        names = "compile recompute mixup cutmix cutmix_minmax layer_decay clip_grad class_weights"
+        names = [*names.split(), "best_by", "model_ema_decay"]
         ignored |= dict.fromkeys(names, "nothing is trained")
     if args.predict:
         names = ("input_size", "patch_size", "in_chans", "mean", "std", "skip_bad_images")

@@ -72,6 +72,11 @@ def add_model_flags(flag) -> None:
     flag("--enable_flash_attention2", bool, False, text)
     text = "keep only block inputs and run every block again in backward: less memory, slower"
     flag("--grad_checkpointing", bool, False, text)
+    text = (
+        "compute again in backward instead of storing: gelu, less memory for more memory traffic; "
+        "all, LayerNorm too"
+    )
+    flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
     text = "torch.compile every transformer block; the first step then takes minutes"
     flag("--compile", bool, False, text)
 
@@ -96,9 +101,11 @@ def add_data_flags(flag) -> None:
     text = (
         "folder with train/ and val/, each with one folder per class; pre-training takes any "
         "folder of images, a text file that lists them, or tar files (NAME-{0000..0003}.tar or "
-        "their folder)"
+        "their folder; also at a URL: hf://datasets/..., s3://, gs://, https://)"
     )
     flag("--data_path", str, IMAGENET_AT_META, text)
+    text = "folder of this machine to which tar files at a URL are copied, once"
+    flag("--shard_cache", str, None, text, metavar="DIR")
     text = "in training, replace an unreadable image by the next one and count it"
     flag("--skip_bad_images", bool, False, text)
     text = "of images in 0..1 (default: ImageNet's; 0.5 unless 3 channels)"

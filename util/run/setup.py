@@ -43,10 +43,10 @@ def set_lr(args, scale: float = 1.0, scale_text: str = "") -> str:
     lr = blr x effective batch size / 256 x scale (arXiv 1706.02677, with the scale of CrossMAE).
     """
     if args.lr is not None:
-        return f"lr = {args.lr:.2e} (--lr)"
+        return "--lr"
     effective = args.batch_size * args.accum_iter * args.world_size
     args.lr = args.blr * effective / 256 * scale
-    return f"lr = {args.blr:g} × {effective}/256{scale_text} = {args.lr:.2e}"
+    return f"{args.blr:g} × {effective}/256{scale_text}"
 
 
 @contextlib.contextmanager

@@ -56,7 +56,8 @@ def effective_batch_size(args) -> int:
 def log_summary(args, summary: dict[str, str]) -> None:
     """Log the summary, then the learning-rate lines that users of the MAE family search for."""
     for name, text in summary.items():
-        logger.info("%-16s %s", name, text)
+        if name != "effective batch":  # its product is in the lines below
+            logger.info("%-16s %s", name, text)
     effective = effective_batch_size(args)
     logger.info("base lr: %.2e", args.lr * 256 / effective)
     logger.info("actual lr: %.2e", args.lr)

@@ -45,7 +45,7 @@ class RunState:
         self.iteration = 0  # the next one inside the epoch
         self.is_first_epoch = True  # of this process
         self.meters: dict[str, list[float]] = {}  # of the epoch so far: [total, count]
-        self.best: float | None = None  # best acc1 so far
+        self.best: float | None = None  # best validation accuracy so far, by --best_by
         self.last_save = time.monotonic()
         self.last_saved = ""  # file and position of this run's last checkpoint, for messages
         self.writer = None  # TensorBoard's, flushed before a save
@@ -107,6 +107,12 @@ class RunState:
         if not isinstance(state, dict) or not STATE_KEYS <= state.keys():
             logger.info("No position or random states in the file: resuming at the next epoch")
             return
+        best_by = state.get("best_by", "acc1")
+        if state["best"] is not None and best_by != self.args.best_by:
+            raise UserError(
+                f"--best_by is {self.args.best_by}, but {self.args.resume} keeps the best by "
+                f"{best_by}; use that."
+            )
         self.best = state["best"]
         self.num_images = state.get("num_images")
         changed = [
@@ -194,11 +200,11 @@ class RunState:
         if is_stopping:
             self.stop()
 
-    def end_epoch(self, acc1: float | None = None) -> None:
+    def end_epoch(self, accuracy: float | None = None) -> None:
         """Advance to the next epoch, and write what is due.
 
         Args:
-            acc1: validation accuracy after this epoch of fine-tuning; checkpoint-best.pth holds
+            accuracy: of the validation after this epoch of fine-tuning; checkpoint-best.pth holds
                 the best.
 
         Raises:
@@ -207,9 +213,9 @@ class RunState:
         args, epoch = self.args, self.epoch
         self.epoch, self.iteration, self.meters = epoch + 1, 0, {}
         self.is_first_epoch = False
-        is_best = acc1 is not None and (self.best is None or acc1 >= self.best)
+        is_best = accuracy is not None and (self.best is None or accuracy >= self.best)
         if is_best:
-            self.best = acc1
+            self.best = accuracy
         is_kept = args.keep_every > 0 and epoch % args.keep_every == 0
         is_last = self.epoch == args.epochs
         (is_stopping,) = all_reduce_max([signals.stop_requested()], args.device)
@@ -245,6 +251,7 @@ class RunState:
             state = {name: getattr(self.args, name) for name in ORDER_FLAGS}
             state |= {"iteration": self.iteration, "meters": self.meters, "best": self.best}
             state |= {"num_images": self.num_images, "random": random_states}
+            state["best_by"] = getattr(self.args, "best_by", None)
             extra = {
                 "state": state,
                 "class_names": self.class_names,

@@ -55,7 +55,6 @@ class TrainLog:
         self.unread: list[tuple[int, float, Tensor, Tensor | None]] = []
         self.metrics = MetricLogger()
         self.metrics.add_meter("lr", SmoothedValue(1, "{value:.6f}"))
-        self.metrics.add_meter("loss", SmoothedValue())
         if state is not None:
             self.skipped = state.restore_meters(self.metrics)
 
@@ -173,11 +172,9 @@ class TrainLog:
         )
         if data_wait > DATA_WAIT_HINT and self.num_workers is not None:
             logger.info("Training waits for images: raise --num_workers (now %d)", self.num_workers)
-        scalars = {
-            "img_per_s": speed,
-            "data_wait": data_wait,
-            "loss_scale": self.loss_scaler.loss_scale,
-        }
+        scalars = {"img_per_s": speed, "data_wait": data_wait}
+        if self.loss_scaler.scaler.is_enabled():
+            scalars["loss_scale"] = self.loss_scaler.loss_scale
         last = len(self.data_loader) - 1  # the next step is what a resumed run purges
         self.write(last, scalars)
         return metrics.averages() | self.count_replaced()

@@ -1,0 +1,72 @@
+"""Weighted sums of the encoder's feature maps, for all decoder blocks at once.
+
+Shapes: J weighted sums, K feature maps, B images, N tokens, D width; n = B * N * D.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def mix(weight: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
+    """J weighted sums of K maps (B, N, D), weight (J, K); under autocast in its dtype.
+
+    One matrix product over the stacked maps; the stack is built again in backward, since a second
+    copy of all feature maps would have to be kept for it.
+    """
+    device = weight.device.type
+    is_mixed = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_mixed else weight.dtype
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return mix_stacked(weight.to(dtype), stack_as(maps, dtype))
+    return Mix.apply(weight, dtype, *maps)
+
+
+def mix_stacked(weight: Tensor, stacked: Tensor) -> tuple[Tensor, ...]:
+    """weight (J, K), stacked (K, B, N, D) -> J tensors (B, N, D)."""
+    return (weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]).unbind(0)
+
+
+def stack_as(maps: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The maps in one tensor (K, B, N, D) of dtype; each is read and written once."""
+    if torch.compiler.is_compiling():
+        return torch.stack(maps).to(dtype)  # fused
+    stacked = torch.empty(len(maps), *maps[0].shape, dtype=dtype, device=maps[0].device)
+    for target, source in zip(stacked, maps, strict=True):
+        target.copy_(source)
+    return stacked
+
+
+class Mix(torch.autograd.Function):
+    """See mix()."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, dtype: torch.dtype, *maps: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = dtype
+        ctx.save_for_backward(weight, *maps)
+        return mix_stacked(weight.to(dtype), stack_as(maps, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        weight, *maps = ctx.saved_tensors
+        grad = torch.stack(grads)  # (J, B, N, D)
+        grad_weight = multiply_maps(grad, stack_as(maps, ctx.dtype))
+        grad_maps = (weight.to(ctx.dtype).T @ grad.flatten(1)).unflatten(1, maps[0].shape)
+        return (
+            grad_weight.to(weight.dtype),
+            None,
+            *(g.to(m.dtype) for g, m in zip(grad_maps, maps, strict=True)),
+        )
+
+
+def multiply_maps(grad: Tensor, stacked: Tensor) -> Tensor:
+    """Inner products over all else of grad (J, B, N, D) and stacked (K, B, N, D): (J, K).
+
+    In 16 bits one product per image, then a sum in float32: a single product over millions of
+    elements would be split in a way that depends on the device, and its parts rounded.
+    """
+    if grad.dtype == torch.float32:
+        return grad.flatten(1) @ stacked.flatten(1).T
+    per_image = grad.flatten(2).transpose(0, 1) @ stacked.flatten(2).permute(1, 2, 0)  # (B, J, K)
+    return per_image.sum(0, dtype=torch.float32)
