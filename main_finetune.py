@@ -9,11 +9,12 @@ import logging
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine_finetune import evaluate, train_one_epoch
 from util.build import build_classifier
-from util.checkpoint import load_model, load_pretrained
+from util.checkpoint import load_model, load_pretrained, with_ema_weights
 from util.data.checks import (
     check_augmentation,
     check_classes,
@@ -21,6 +22,7 @@ from util.data.checks import (
     drop_default_policy,
 )
 from util.data.loaders import build_eval_loader, build_train_loader
+from util.data.remote import localize
 from util.datasets import build_dataset
 from util.distributed import broadcast_buffers, wrap_ddp
 from util.eval.predict import predict
@@ -47,6 +49,7 @@ from util.run.output_dir import (
     prepare_output,
     resolve_resume,
 )
+from util.run.replay import replay_step, write_nothing
 from util.run.setup import log_epoch, set_lr, start_run, tensorboard_writer, training_time
 from util.run.signals import install_handlers
 from util.run.startup import log_summary, startup_summary, write_run_json
@@ -71,10 +74,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line; --linear_probe changes the defaults of the others."""
-    parser = get_args_parser()
-    if parser.parse_args(argv).linear_probe:
-        parser.set_defaults(**LINEAR_PROBE)
-    return parse_flags(parser, argv)
+    return parse_flags(get_args_parser(), argv, {"linear_probe": LINEAR_PROBE})
 
 
 def check_args(args) -> None:
@@ -146,6 +146,8 @@ def build_model(args, checkpoint: dict | None):
         check_cutmix(args)
         drop_default_policy(args)
         check_augmentation(args)
+    parts = ["val"] if args.eval else ["train", "val"]
+    args.data_path = localize(args.data_path, args.shard_cache, *parts)
     check_classes(args)
     if args.resume:
         check_trained_classes(args, checkpoint)
@@ -160,6 +162,8 @@ def build_model(args, checkpoint: dict | None):
 def train(args) -> None:
     """Prepare a run and train: epochs of training, evaluation, logging and saving."""
     checkpoint = resolve_resume(args)
+    if args.replay:
+        write_nothing(args)
     if checkpoint is None and args.finetune:
         checkpoint = read_checkpoint(args.finetune)
     model, amp_dtype, attention_text = build_model(args, checkpoint)
@@ -175,7 +179,8 @@ def train(args) -> None:
     model.to(args.device)
     optimizer = build_optimizer(args, model)
     loss_scaler = NativeScalerWithGradNormCount(amp_dtype, args.device.type)
-    state = RunState(args, model, optimizer, loss_scaler)
+    ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
+    state = RunState(args, model, optimizer, loss_scaler, ema)
     state.resume(checkpoint)
     del checkpoint  # as large as the model and its optimizer
 
@@ -195,7 +200,11 @@ def train(args) -> None:
         compile_model(model, args.compile)
     ddp_model = wrap_ddp(model, args.device, find_unused_parameters=False)
     install_handlers()
-    with training_time(args, state), tensorboard_writer(args, state, len(train_loader)) as writer:
+    with (
+        training_time(args, state),
+        tensorboard_writer(args, state, len(train_loader)) as writer,
+        replay_step(args, state, ddp_model, train_loader),
+    ):
         run_epochs(args, state, ddp_model, train_loader, val_loader, writer)
 
 
@@ -224,9 +233,11 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
         broadcast_buffers(model)
         test_stats = evaluate(val_loader, model, args.device, state.loss_scaler.amp_dtype)
         log_accuracy(num_images, test_stats)
+        if state.ema is not None:
+            test_stats |= evaluate_ema(args, state, val_loader)
         if writer is not None:
-            for name in ("acc1", "acc5", "loss", "mean_class"):
-                writer.add_scalar(f"perf/test_{name}", test_stats[name], epoch)
+            for name, value in test_stats.items():
+                writer.add_scalar(f"perf/test_{name}", value, epoch)
         stats = {f"train_{k}": v for k, v in train_stats.items()}
         stats |= {f"test_{k}": v for k, v in test_stats.items()}
         log_epoch(args, stats | {"epoch": epoch, "n_parameters": num_trainable})
@@ -235,11 +246,22 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
         logger.info("Max %s: %.2f%%", kind, state.best)
 
 
+def evaluate_ema(args, state: RunState, val_loader) -> dict[str, float]:
+    """The entries of `evaluate` for the moving average of the weights, named ema_*."""
+    model = state.ema.module
+    broadcast_buffers(model)
+    stats = evaluate(val_loader, model, args.device, state.loss_scaler.amp_dtype)
+    logger.info("Accuracy of the averaged weights (--model_ema): %.1f%%", stats["acc1"])
+    return {f"ema_{name}": value for name, value in stats.items()}
+
+
 def evaluate_checkpoint(args) -> None:
     """--eval: accuracy of the --resume checkpoint on DATA/val, and the --report."""
     if args.report:
         make_writable(args.report, "report")
     checkpoint = read_checkpoint(args.resume)
+    if args.model_ema:
+        checkpoint = with_ema_weights(checkpoint, args.resume)
     model, amp_dtype, _ = build_model(args, checkpoint)
     load_model(args, model, checkpoint=checkpoint)
     model.to(args.device)

@@ -11,8 +11,10 @@ from engine_pretrain import train_one_epoch
 from util.build import build_pretrain_model
 from util.checkpoint import init_from
 from util.data.loaders import build_train_loader
+from util.data.remote import localize
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
+from util.eval.knn import OnlineKnn
 from util.layers.attention import get_attention_backend
 from util.layers.vit import compile_model
 from util.lr_decay import param_groups_weight_decay
@@ -26,6 +28,7 @@ from util.run.output_dir import (
     prepare_output,
     resolve_resume,
 )
+from util.run.replay import replay_step, write_nothing
 from util.run.setup import log_epoch, set_lr, start_run, tensorboard_writer, training_time
 from util.run.signals import install_handlers
 from util.run.startup import log_summary, startup_summary, write_run_json
@@ -39,6 +42,7 @@ RANGES = {
     "decoder_depth": "[1, 1000]",
     "decoder_embed_dim": "[1, 65536]",
     "log_images": "[0, 1000]",
+    "knn_every": "[0, 10000000]",
 }
 
 
@@ -92,6 +96,12 @@ def add_training_flags(flag) -> None:
         "TensorBoard, about 20 times in a run"
     )
     flag("--log_images", int, 0, text, metavar="N")
+    text = (
+        "kNN accuracy of the class token on --knn_data, every N epochs and after the last one "
+        "(default: 0, never)"
+    )
+    flag("--knn_every", int, 0, text, metavar="N")
+    flag("--knn_data", str, "", "folder with train/ and val/ for --knn_every", metavar="DIR")
     text = "passed to DDP; set automatically where --use_fm leaves encoder blocks unused"
     flag("--find_unused_parameters", bool, False, text)
 
@@ -116,6 +126,10 @@ def check_args(args) -> None:
             (
                 bool(args.log_images) and not (args.output_dir or args.log_dir),
                 "--log_images logs to TensorBoard: give --output_dir or --log_dir.",
+            ),
+            (
+                bool(args.knn_every) != bool(args.knn_data),
+                "--knn_every N and --knn_data DIR belong together: give both or none.",
             ),
             (
                 not args.cross_mae and bool(only_cross),
@@ -150,11 +164,15 @@ def main(args) -> None:
     check_args(args)
     start_run(args)
     checkpoint = resolve_resume(args)
+    if args.replay:
+        write_nothing(args)
     if checkpoint is not None:
         adopt_input(args, get_args_parser(), checkpoint.get("args", {}), args.resume)
     set_mean_std(args)
+    args.data_path = localize(args.data_path, args.shard_cache, "train", "", any_part=True)
     dataset = build_pretrain_dataset(args)  # before the model: mistakes show at once
     loader = build_train_loader(dataset, args)
+    knn = OnlineKnn(args)
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attention = get_attention_backend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_pretrain_model(args, attention)
@@ -181,14 +199,20 @@ def main(args) -> None:
         compile_model(model, args.compile)
     ddp_model = wrap_ddp(model, args.device, args.find_unused_parameters or model.has_unused_blocks)
     install_handlers()
-    with training_time(args, state), tensorboard_writer(args, state, len(loader)) as writer:
+    with (
+        training_time(args, state),
+        tensorboard_writer(args, state, len(loader)) as writer,
+        replay_step(args, state, ddp_model, loader),
+    ):
         image_log = ImageLog(args, writer, loader)
         for epoch in range(state.epoch, args.epochs):
             loader.set_epoch(epoch, state.iteration)
             stats = train_one_epoch(
                 ddp_model, loader, optimizer, args.device, epoch, loss_scaler, writer, args, state
             )
-            log_epoch(args, {f"train_{k}": v for k, v in stats.items()} | {"epoch": epoch})
+            stats = {f"train_{k}": v for k, v in stats.items()}
+            stats |= knn.measure(model, epoch, amp_dtype, writer)
+            log_epoch(args, stats | {"epoch": epoch})
             state.end_epoch()
             image_log.show(model, epoch)
 

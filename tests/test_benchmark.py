@@ -32,6 +32,7 @@ def test_json_on_the_last_line(what, image_folder):
         assert 0.1 < result["peak_memory_ratio"] < 1 and result["images_per_s"] > 0
     if what == "loader":
         assert result["mean_grey_level_difference"] < 0.2
+        assert result["decoded_per_s_pillow"] > 0 and result["decoded_per_s_torchvision"] > 0
 
 
 def test_flops_of_a_matrix_product():

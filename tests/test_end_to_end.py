@@ -71,6 +71,8 @@ def test_pretraining_outputs(finished_runs):
     assert (folder / "pre/checkpoint-0.pth").exists()
     events = EventAccumulator(str(folder / "pre")).Reload()
     assert set(formats["tensorboard"]["pretrain"]) <= set(events.Tags()["scalars"])
+    steps = {tag: [s.step for s in events.Scalars(tag)] for tag in ("train_loss", "img_per_s")}
+    assert steps == {"train_loss": [0, 500, 1000, 1500], "img_per_s": [500, 1500]}
     assert len(re.findall(formats["train_lines"]["regex"], out["pretrain"])) >= 4
     for line in ("base lr: 1.00e-03", "effective batch size: 4", "Start training for 2 epochs"):
         assert line in out["pretrain"]
@@ -89,6 +91,9 @@ def test_finetuning_outputs(finished_runs):
     events = EventAccumulator(str(folder / "fine")).Reload()
     tags = formats["tensorboard"]["finetune"] + formats["tensorboard"]["finetune_per_epoch"]
     assert set(tags) <= set(events.Tags()["scalars"])
+    for name in ("acc1", "mean_class"):
+        logged = [(s.step, pytest.approx(s.value)) for s in events.Scalars(f"perf/test_{name}")]
+        assert [(line["epoch"], line[f"test_{name}"]) for line in lines] == logged
     assert "Mixup is activated!" in out["finetune"]
     assert "Load pre-trained checkpoint from:" in out["finetune"]
 

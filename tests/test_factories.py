@@ -79,3 +79,13 @@ def check_mean_and_std(values, mean: float, std: float) -> None:
     # Whether the stored std is the biased or the unbiased one is unknown.
     stds = [values.std(correction=correction).item() for correction in (0, 1)]
     assert min(abs(actual - std) for actual in stds) <= ATOL
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+@pytest.mark.parametrize("kind", ["cross", "mae", "vit"])
+def test_gradients_are_laid_out_like_parameters(kind, num_images, tiny_cross, tiny_mae, tiny_vit):
+    """DDP copies gradients of other strides, and warns: that of the class token for one image."""
+    model = {"cross": tiny_cross, "mae": tiny_mae, "vit": tiny_vit}[kind]()
+    model(torch.randn(num_images, 3, 32, 32)).sum().backward()
+    for name, param in model.named_parameters():
+        assert param.grad is None or param.grad.stride() == param.stride(), name

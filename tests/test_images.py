@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from util.data import image_io
 from util.data.image_io import open_image, read_image
+from util.data.jpeg import DECODERS
 from util.data.transforms import (
     FastPretrainTransform,
     build_pretrain_transform,
@@ -139,6 +141,45 @@ def test_unusual_images_have_pillows_pixels(name, tmp_path):
     assert FastPretrainTransform(32)(pixels).shape == (3, 32, 32)
     for transform in (build_pretrain_transform(args), build_transform(False, args)):
         assert transform(open_image(path)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "torchvision", "Pillow"])
+def test_every_jpeg_decoder_gives_the_same(decoder, tmp_path, monkeypatch):
+    """The pixels are Pillow's for photographs in every chroma subsampling, gray, CMYK and rotated
+    ones; damaged files and bombs end in the same messages.
+    """
+    if decoder != "Pillow" and decoder not in DECODERS:
+        pytest.skip(f"{decoder} is not installed")
+    used = []
+
+    def decode(data, in_chans):
+        used.append(in_chans)
+        return DECODERS[decoder](data, in_chans)
+
+    monkeypatch.setattr(image_io, "decode_jpeg", None if decoder == "Pillow" else decode)
+    paths = photographs(tmp_path)
+    for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
+        paths.append(tmp_path / f"{subsampling.replace(':', '')}.jpg")
+        Image.open(paths[0]).save(paths[-1], subsampling=subsampling, quality=80)
+    for name in ("gray.jpg", "progressive.jpg", "one_pixel.jpg", "cmyk.jpg", "rotated.jpg"):
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(UNUSUAL[name]())
+    for in_chans, mode in ((3, "RGB"), (1, "L")):
+        for path in paths:
+            with Image.open(path) as image:
+                expected = np.array(image.convert(mode)).reshape(*image.size[::-1], in_chans)
+            pixels = read_image(path, in_chans).permute(1, 2, 0).numpy()
+            assert np.array_equal(pixels, expected), path
+    # cmyk.jpg and rotated.jpg are Pillow's, and for one channel all but the gray one
+    assert used == ([] if decoder == "Pillow" else [3] * (len(paths) - 2) + [1])
+    for name in ("cut.jpg", "cut_in_header.jpg", "start_only.jpg", "bomb.jpg"):
+        (tmp_path / name).write_bytes(BAD[name]())
+        messages = []
+        for read in (read_image, open_image):
+            with pytest.raises(BadImage) as error:
+                read(tmp_path / name)
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("in_chans, mode", [(1, "L"), (4, "RGBA")])

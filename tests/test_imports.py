@@ -23,6 +23,8 @@ ROOMS = {
     "util.datasets": "util.io util util.data",
     "engine": "util.io util util.run",
     "util.build": "util.io util util.layers util.run models",
+    "util.hub": "util.io util util.layers util.build models",
+    "hubconf": "util.hub",
     "util.vis": "util.io util util.layers util.data",
     "util.eval": "util.io util util.run util.data util.datasets util.build util.vis",
     "tools": "util.io util util.layers util.run util.data util.datasets util.build util.vis "
@@ -31,7 +33,7 @@ ROOMS = {
     "util.eval engine",
 }
 # At util's root, because users of the MAE family import them by name; above the rest of it.
-OWN_ROOM = {"util.datasets", "util.build"}
+OWN_ROOM = {"util.datasets", "util.build", "util.hub"}
 MODEL_ROOMS = ("models", "util.layers")
 NOT_FOR_MODELS = {"argparse", "os", "sys", "pathlib", "subprocess", "torch.distributed"}
 

@@ -43,6 +43,34 @@ def test_logits_losses_and_gradients_match_stored_values(case):
     assert_gradients_match(model, tensors)
 
 
+def test_initialization_matches_timm(tiny_vit):
+    """Mean and std of every parameter of 40 models, in units of what 40 models of timm have."""
+    options = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+    options |= dict(global_pool="avg", fc_norm=True)
+    ours, timms = {}, {}
+    for seed in range(40):
+        torch.manual_seed(1000 + seed)
+        for values, model in ((timms, TimmViT(**options)), (ours, tiny_vit(seed))):
+            for name, param in model.named_parameters():
+                values.setdefault(name, []).append(param.detach().flatten())
+    assert ours.keys() == timms.keys()
+    for name in ours:
+        own, expected = torch.cat(ours[name]), torch.cat(timms[name])
+        count, std = len(own), expected.std()
+        assert abs(own.mean() - expected.mean()) <= 6 * std / count**0.5, name
+        assert abs(own.std() / std - 1) <= 8 / count**0.5 if std else own.std() == 0, name
+
+
+def test_head_for_a_pretrained_encoder(tiny_vit):
+    """Standard deviation 2e-5; of a linear probe 0.01."""
+    model = tiny_vit(num_classes=1000)
+    model.init_head()
+    assert abs(model.head.weight.std() / 2e-5 - 1) < 0.03
+    model.freeze_for_probe()
+    model.init_head()
+    assert abs(model.head[1].weight.std() / 0.01 - 1) < 0.03
+
+
 def test_drop_path_rates(tiny_vit):
     """Linear from 0 over depth, equal in both branches of a block."""
     expected = read_json("vit")["drop_path"]

@@ -38,6 +38,37 @@ def test_fused_adamw_matches_plain_adamw():
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), atol=1e-7, rtol=1e-6)
 
 
+def test_float16_scaling_matches_a_plain_gradscaler():
+    """Steps, norms and the scale, also over a step with infinite gradients: scale halved, skipped;
+    and one more after growth_interval steps: scale doubled.
+    """
+    (model, x), (plain, _) = make_problem(), make_problem()
+    sgd, plain_sgd = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, plain))
+    scaler = NativeScalerWithGradNormCount(torch.float16, "cpu")
+    expected = torch.amp.GradScaler("cpu")
+    for gradscaler in (scaler.scaler, expected):
+        gradscaler.set_growth_interval(3)
+    scales = []
+    for step in range(6):
+        factor = torch.tensor(math.inf if step == 1 else 1.0)
+        norm = scaler(model(x).square().mean() * factor, sgd)
+        (expected.scale(plain(x).square().mean() * factor)).backward()
+        expected.unscale_(plain_sgd)
+        expected_norm = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
+        torch.testing.assert_close(norm, expected_norm, equal_nan=True)
+        expected.step(plain_sgd)
+        expected.update()
+        scales.append(scaler.loss_scale)
+        assert scaler.loss_scale == expected.get_scale()
+        for optimizer in (sgd, plain_sgd):
+            optimizer.zero_grad()
+    assert scales == [65536.0, 32768.0, 32768.0, 32768.0, 65536.0, 65536.0]
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    resumed = NativeScalerWithGradNormCount(torch.float16, "cpu")
+    resumed.load_state_dict(scaler.state_dict())
+    assert resumed.state_dict() == scaler.state_dict()
+
+
 def test_clipping_scales_gradients_to_the_maximum_norm():
     model, x = make_problem()
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -270,8 +270,8 @@ FINETUNE_MISTAKES = [
     (nothing, [], "Cannot read the folder .*/train .No such file.*must name a folder that holds"),
     (only_train, [], "Cannot read the folder .*/val "),
     (an_empty_class, [], "no image in the class folder .*/train/dog; add some or remove it"),
-    (other_classes, [], "have different class folders .such as cat, dog"),
-    (two_classes, ["--nb_classes", "3"], "--nb_classes is 3 but .* has 2 class folders"),
+    (other_classes, [], "have different classes .such as cat, dog"),
+    (two_classes, ["--nb_classes", "3"], "--nb_classes is 3 but .* has 2 classes"),
     (two_classes, ["--batch_size", "64"], "2 training images give 0 batches"),
 ]
 

@@ -53,7 +53,9 @@ def program_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
         launch = get_args_parser().parse_args(words[1:])
         return launch.training_script, launch.training_script_args
     if words[0] == "python":
-        return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+        if words[1] == "-m":
+            return words[2], words[3:]
+        return words[1].removeprefix("PATH/"), words[2:]  # PATH: this repository
     return None
 
 

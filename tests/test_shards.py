@@ -14,7 +14,8 @@ from processes import PRETRAIN, fork_server, read_log
 
 from util.data.image_io import open_image
 from util.data.loaders import build_train_loader
-from util.data.shards import expand, read_shards
+from util.data.shard_names import expand
+from util.data.shards import read_shards
 from util.data.sources import list_pretrain_images
 from util.datasets import build_pretrain_dataset
 from util.io.errors import BadImage, UserError

@@ -10,7 +10,7 @@ within the noise floor shows no difference.
                   implementation in tools.reference with PyTorch's default AdamW
 --what optimizer  the optimizer step alone, against PyTorch's default AdamW
 --what loader     images per second of one process: --loader fast against --loader recipe, with the
-                  same crops of JPEG files
+                  same crops of JPEG files; then every installed JPEG decoder alone
 --what eval       forward of the fine-tuned classifier, against timm's VisionTransformer
 --what traffic    kernels, bytes moved and bytes kept for backward by forward and backward of
                   pre-training, counted without data for a GPU (bf16 unless --amp off), against the
@@ -21,14 +21,20 @@ within the noise floor shows no difference.
 
 import argparse
 import json
+import statistics
+import sys
 import tempfile
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 import models_vit
 from tools.benchmark_step import measure_optimizer, measure_save, measure_step
@@ -37,6 +43,7 @@ from tools.timm_model import to_timm
 from tools.traffic import measure_traffic
 from util.build import find_factory
 from util.data.image_io import open_image, read_image
+from util.data.jpeg import DECODERS
 from util.data.sources import find_images
 from util.data.transforms import FastPretrainTransform, build_pretrain_transform, normalize
 from util.distributed import choose_device
@@ -68,12 +75,32 @@ def measure_loader(args, device: torch.device, timer: Timer) -> dict:
         calls = (lambda: load(read_image, fast)), (lambda: load(open_image, recipe))
         result = compare(*calls, timer, args.repeats)
         uint8, expected = (torch.stack(call()) for call in calls)
+        result |= measure_decoders(paths, timer, args.repeats)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (args.mean, args.std))
     difference = (normalize(uint8, mean, std) - expected) * std * 255
     return result | {
         "images_per_s": len(paths) / result["seconds"],
         "images_per_s_textbook": len(paths) / result["seconds_textbook"],
         "mean_grey_level_difference": difference.abs().mean().item(),
+    }
+
+
+def measure_decoders(paths: list[str], timer: Timer, repeats: int) -> dict[str, float]:
+    """JPEG files decoded per second by each installed decoder, timed alternately."""
+    paths = [path for path in paths if path.lower().endswith((".jpg", ".jpeg"))]
+    files = [bytearray(Path(path).read_bytes()) for path in paths]
+    tensors = [torch.frombuffer(data, dtype=torch.uint8) for data in files]
+    calls = {
+        name: lambda decode=decode: [decode(data, 3) for data in tensors]
+        for name, decode in DECODERS.items()
+    }
+    calls["pillow"] = lambda: [
+        pil_to_tensor(Image.open(BytesIO(data)).convert("RGB")) for data in files
+    ]
+    times = [{name: timer(call) for name, call in calls.items()} for _ in range(repeats + 1)][1:]
+    return {
+        f"decoded_per_s_{name}": len(paths) / statistics.median(time[name] for time in times)
+        for name in calls
     }
 
 

@@ -12,6 +12,7 @@ import argparse
 import math
 import shlex
 import statistics
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.data.sources import evenly_spaced, is_folder, list_folder, list_images
 from util.data.stats import (
@@ -61,7 +64,8 @@ def show_part(place: Path, args) -> tuple[list[ImageStats], Counter, int]:
     print(f"{place}: {len(paths)} images")
     class_counts = Counter()
     if images.classes:
-        class_counts.update({entry.name: 0 for entry in list_folder(place) if is_folder(entry)})
+        if place.is_dir():
+            class_counts.update({entry.name: 0 for entry in list_folder(place) if is_folder(entry)})
         class_counts.update(images.classes[label] for _, label in images.samples)
         show_classes(class_counts)
     chosen = evenly_spaced(paths, args.limit or len(paths))

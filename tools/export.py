@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,8 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import to_2tuple
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from tools.timm_model import to_timm
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
@@ -234,13 +237,14 @@ def get_args_parser() -> FlagParser:
     flag("--out", Path, None, "folder for timm, else a file", required=True)
     flag("--features", bool, False, "onnx of a fine-tuned checkpoint: features instead of logits")
     flag("--model", str, None, "name of the model, if the checkpoint does not hold it")
+    flag("--model_ema", bool, False, "export the average that main_finetune.py --model_ema kept")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     if args.features and args.to != "onnx":
         raise UserError("--features belongs to --to onnx; leave it out.")
-    model, trained = load_trained(args.checkpoint, model=args.model)
+    model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
     if model.kind == "classifier" and isinstance(model.head, nn.Sequential):
         fold_probe(model)
         trained.linear_probe = False

@@ -15,10 +15,13 @@ Shapes: N images, L patches, D encoder width, K classes.
 import argparse
 import logging
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.build import load_trained
 from util.data.sources import ImageList, list_images, path_below
@@ -107,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out.suffix not in (".npz", ".npy"):
         raise UserError(f"--out {args.out} must end in .npz, or in .npy for large sets.")
     images = list_labelled(args.data)
-    model, trained = load_trained(args.checkpoint, model=args.model)
+    model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
     set_inference_flags(trained, args)
     which = args.which or default_feature(model)
     model.to(trained.device)

@@ -10,12 +10,15 @@ import argparse
 import json
 import logging
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.io.errors import UserError
 from util.run.flags import FlagParser, add_flag

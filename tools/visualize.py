@@ -11,10 +11,14 @@ feature maps. Sizes, mean and std, norm_pix_loss and mask ratios come from the c
 
 import argparse
 import logging
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.build import load_trained
 from util.data.image_io import open_image

@@ -8,7 +8,7 @@ from torch import nn
 import models_cross
 import models_mae
 import models_vit
-from util.checkpoint import load_strict
+from util.checkpoint import load_strict, with_ema_weights
 from util.io.checkpoint_file import checkpoint_type, read_checkpoint, weights_of
 from util.io.errors import CheckpointError, UserError
 from util.layers.masking import num_visible_and_predicted
@@ -91,7 +91,7 @@ def find_factory(module, prefix: str, name: str):
 
 
 def load_trained(
-    source: str | Path, attention_backend=None, **changes
+    source: str | Path, attention_backend=None, model_ema: bool = False, **changes
 ) -> tuple[nn.Module, argparse.Namespace]:
     """Model of a checkpoint in evaluation mode on the CPU, and the arguments it was trained with.
 
@@ -99,13 +99,23 @@ def load_trained(
 
     Args:
         source: path, https:// or hf:// URL.
+        model_ema: the moving average that --model_ema kept, instead of the weights.
         changes: arguments for what the file does not say, such as model="mae_vit_base_patch16".
 
     Raises:
         CheckpointError: the file cannot be read, or does not say which model it holds.
     """
     checkpoint = read_checkpoint(source)
-    weights = weights_of(checkpoint, str(source))
+    if model_ema:
+        checkpoint = with_ema_weights(checkpoint, str(source))
+    return model_of(checkpoint, str(source), attention_backend, **changes)
+
+
+def model_of(
+    checkpoint: dict, source: str, attention_backend=None, **changes
+) -> tuple[nn.Module, argparse.Namespace]:
+    """What load_trained returns, of a checkpoint that was read already."""
+    weights = weights_of(checkpoint, source)
     found = checkpoint_type(weights)
     if found not in ("pre-training", "fine-tuned"):
         raise CheckpointError(
@@ -134,5 +144,5 @@ def load_trained(
             model.freeze_for_probe()
     else:
         model = build_pretrain_model(args, attention_backend)
-    load_strict(model, weights, str(source))
+    load_strict(model, weights, source)
     return model.eval(), args

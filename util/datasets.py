@@ -11,8 +11,9 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from util.data.image_io import PIL_MODES, is_array, open_8_bit, open_image, read_image
+from util.data.labels import list_labeled
 from util.data.shards import ShardSamples
-from util.data.sources import evenly_spaced, list_classes, list_pretrain_images
+from util.data.sources import evenly_spaced, list_pretrain_images
 from util.data.stats import MODE_16_BIT, ImageStats, inspect, levels_note
 from util.data.transforms import (
     FastPretrainTransform,
@@ -101,9 +102,9 @@ def build_pretrain_dataset(args) -> ImageDataset:
 
 
 def build_dataset(is_train: bool, args) -> ImageDataset:
-    """Images of fine-tuning or evaluation, DATA/train/CLASS/* or DATA/val/CLASS/*."""
+    """Images of fine-tuning or evaluation, of DATA/train or DATA/val, with labels."""
     folder = Path(args.data_path, "train" if is_train else "val")
-    samples, classes, _ = list_classes(folder)
+    samples, classes, _ = list_labeled(folder)
     are_tensors = prepare_reading(samples, args)
     if is_train and are_tensors:
         transform = build_array_transform(args)

@@ -203,6 +203,18 @@ def all_gather_objects(own) -> list:
     return gathered
 
 
+def all_gather_rows(x: Tensor) -> Tensor:
+    """Rows of all ranks, one rank after the other; each may have another number of them."""
+    if get_world_size() == 1:
+        return x
+    counts = all_gather_objects(len(x))
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+
+
 def all_reduce_mean(x: float) -> float:
     """Mean over the ranks."""
     if get_world_size() == 1:

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from util.data.sources import check_same_classes, find_classes
+from util.data.labels import check_same_classes, find_labels
 from util.data.transforms import build_transform
 from util.io.errors import UserError
 
@@ -34,7 +34,7 @@ def check_augmentation(args) -> None:
 
 def check_trained_classes(args, checkpoint: dict) -> None:
     """Raises UserError if checkpoint and data have different classes, as far as it names them."""
-    names = find_classes(Path(args.data_path, "val"))
+    names = find_labels(Path(args.data_path, "val"))
     head = checkpoint.get("model", {}).get("head.bias")
     trained_on = checkpoint.get("class_names") or names
     count = len(trained_on) if head is None or trained_on is not names else len(head)
@@ -48,21 +48,21 @@ def check_trained_classes(args, checkpoint: dict) -> None:
 
 
 def check_classes(args) -> None:
-    """Compare the class folders of train/ and val/, and set or check --nb_classes.
+    """Compare the classes of train/ and val/, and set or check --nb_classes.
 
-    Looks at folder names only, so it takes no longer for a million images.
+    Looks at folder names or the index of shards only, so it is quick for a million images.
 
     Raises:
         UserError: training and validation classes differ, or --nb_classes is not their count.
     """
     splits = ["val"] if args.eval else ["train", "val"]
-    classes, *others = (find_classes(Path(args.data_path, split)) for split in splits)
+    classes, *others = (find_labels(Path(args.data_path, split)) for split in splits)
     for other in others:
         check_same_classes(args.data_path, classes, other)
     if args.nb_classes is None:
         args.nb_classes = len(classes)
     elif args.nb_classes != len(classes):
         raise UserError(
-            f"--nb_classes is {args.nb_classes} but {args.data_path} has {len(classes)} class "
-            "folders; correct the flag or leave it out."
+            f"--nb_classes is {args.nb_classes} but {args.data_path} has {len(classes)} "
+            "classes; correct the flag or leave it out."
         )

@@ -1,8 +1,8 @@
 """Opening images: one place, so that every error names its file.
 
-An image is a file, or a member of a tar file (util.data.shards). Pillow and torchvision read 8-bit
-images with 1, 3 or 4 channels; NumPy arrays (.npy), 16-bit grayscale and TIFF files of several
-pages become float32.
+An image is a file, or a member of a tar file (util.data.shards). Pillow and the JPEG decoder read
+8-bit images with 1, 3 or 4 channels; NumPy arrays (.npy), 16-bit grayscale and TIFF files of
+several pages become float32.
 
 Shapes: C channels, H height, W width.
 """
@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
+from util.data.jpeg import MODES, decode_jpeg
 from util.io.errors import BadImage
 
 EXTENSIONS = tuple(".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .npy".split())
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others may start other programs
 MAX_ASPECT = 1000  # of the sides: evaluation resizes the short one
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
-JPEG_MODES = {1: ("L",), 3: ("L", "RGB")}  # that torchvision decodes as Pillow does
+JPEG_MODES = {1: ("L",), 3: ("L", "RGB")}  # that the fast decoders decode as Pillow does
+ORIENTATION = 0x0112  # EXIF tag
 PAGE_MODES = ("L", "LA", "RGB", "RGBA", "F", "I;16", "I;16B", "I;16L")  # lossless as arrays
 JPEG_MAGIC = b"\xff\xd8\xff"
 DECODE_ERRORS = (  # what decoders raise on damaged files
@@ -77,7 +77,7 @@ def read_image(path, in_chans: int = 3) -> Tensor:
 
     The pixels and the errors are those of `open_8_bit`.
     """
-    if in_chans in READ_MODES:
+    if in_chans in MODES and decode_jpeg:
         with raising_bad_image(path), open_bytes(path) as file:
             data = file.read() if file.read(3) == JPEG_MAGIC else b""
         with contextlib.suppress(RuntimeError, *DECODE_ERRORS):  # then Pillow decides
@@ -93,7 +93,9 @@ def decode_exactly(data: bytearray, in_chans: int) -> Tensor | None:
         check_aspect(*header.size)
         if header.mode not in JPEG_MODES[in_chans]:
             return None
-    return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), READ_MODES[in_chans])
+        if "exif" in header.info and header.getexif().get(ORIENTATION, 1) != 1:
+            return None  # torchcodec would rotate it
+    return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), in_chans)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from util.data.image_io import is_image_name
-from util.data.shards import ShardMember, is_shards, read_shards
+from util.data.shard_names import is_shards
+from util.data.shards import ShardMember, read_shards
 from util.io.errors import UserError
 
 
@@ -22,7 +23,8 @@ def list_images(*sources: str | Path) -> ImageList:
     """Images of one or several sources, in a fixed order.
 
     A source is an image file, a list (.txt), a folder, or shards. One folder with images in its
-    subfolders only has these subfolders as classes; several sources have none.
+    subfolders only has these subfolders as classes, shards have those of their labels if every
+    image has one; several sources have none.
 
     Raises:
         UserError: a source does not exist, holds no image, or cannot be read.
@@ -39,7 +41,8 @@ def list_source(source: str) -> ImageList:
     if is_shards(source):
         refuse_mixture(source)
         samples = read_shards(source)
-        return ImageList(samples, [], f"in {len(samples.paths)} shards of {source}")
+        description = f"in {len(samples.paths)} shards of {source}"
+        return ImageList(samples, samples.classes, description)
     if os.path.isdir(source):
         return list_subfolders(source)
     try:
@@ -64,7 +67,7 @@ def list_pretrain_images(data_path: str) -> ImageList:
     has_train = os.path.isdir(train)
     source = train if has_train else data_path
     if is_shards(source):
-        return list_source(source)
+        return list_source(source)._replace(classes=[])
     if os.path.isfile(source) and not is_image_name(source):
         return read_list(source)
     entries = list_folder(source) if os.path.isdir(source) else []
@@ -149,16 +152,6 @@ def refuse_mixture(source: str) -> None:
         raise UserError(
             f"{source} holds tar files and images (such as {image}); for the shards name them "
             f"('{source}/NAME-{{0000..0003}}.tar'), else move the tar files away."
-        )
-
-
-def check_same_classes(data_path: str, train: list[str], val: list[str]) -> None:
-    """Raises UserError where the class folders of train/ and val/ differ."""
-    mismatched = sorted(set(train) ^ set(val))
-    if mismatched:
-        raise UserError(
-            f"train/ and val/ of {data_path} have different class folders (such as "
-            f"{', '.join(mismatched[:3])}); both need the same."
         )
 
 

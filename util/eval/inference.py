@@ -30,6 +30,7 @@ def add_inference_flags(parser, batch_size: int = 64) -> None:
     text = "of main_pretrain.py or main_finetune.py: file or URL"
     flag("--checkpoint", str, None, text, required=True)
     flag("--model", str, None, "name of the model, needed only if the checkpoint does not hold it")
+    flag("--model_ema", bool, False, "use the average that main_finetune.py --model_ema kept")
     flag("--batch_size", int, batch_size, "images per forward pass")
     flag("--num_workers", int, DEFAULT_WORKERS, "DataLoader workers (default: %(default)s here)")
     flag("--device", str, None, "cuda or cpu (default: cuda if available)")
@@ -62,11 +63,13 @@ def describe_transform(args) -> str:
     )
 
 
-def build_inference_loader(samples, classes: list[str], args) -> DeviceLoader:
-    """Loader of (path, class index) samples in order, with the evaluation transform."""
+def build_inference_loader(samples, classes: list[str], args, split=False) -> DeviceLoader:
+    """Loader of (path, class index) samples in order, with the evaluation transform; with `split`,
+    of this rank's part of them.
+    """
     read = partial(open_image, in_chans=args.in_chans)
     dataset = ImageDataset(samples, classes, build_transform(False, args), read)
-    return build_eval_loader(dataset, args, split=False)
+    return build_eval_loader(dataset, args, split)
 
 
 @torch.inference_mode()

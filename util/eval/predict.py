@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from util.build import load_trained
+from util.data.remote import localize
 from util.data.sources import list_images
 from util.eval.report import name_classes, predict_files
 from util.io.errors import UserError
@@ -19,7 +20,7 @@ def predict(args) -> None:
     Raises:
         UserError: the checkpoint is not a classifier.
     """
-    model, trained = load_trained(args.resume, model=args.model)
+    model, trained = load_trained(args.resume, model=args.model, model_ema=args.model_ema)
     if model.kind != "classifier":
         raise UserError(
             f"{args.resume} is a pre-training checkpoint, which has no classes; --predict needs a "
@@ -29,7 +30,8 @@ def predict(args) -> None:
         setattr(trained, name, getattr(args, name))
     trained.amp_dtype = choose_amp_dtype(args.amp, args.device)
     prepare_output(args)
-    files = [file for file, _ in list_images(args.predict).samples]  # shards: on every rank
+    source = localize(args.predict, args.shard_cache, "")
+    files = [file for file, _ in list_images(source).samples]  # shards: on every rank
     if args.rank == 0:
         path = Path(args.output_dir or ".", "predictions.csv")
         move_to_previous(path.parent, [path])

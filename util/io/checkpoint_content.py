@@ -46,6 +46,10 @@ def is_dict(value) -> bool:
     return isinstance(value, dict)
 
 
+def is_state_dict(value) -> bool:
+    return is_dict(value) and all(isinstance(x, Tensor) for x in value.values())
+
+
 def is_optimizer(value) -> bool:
     groups = value.get("param_groups") if is_dict(value) else None
     return (
@@ -57,7 +61,9 @@ def is_optimizer(value) -> bool:
 
 
 def is_group(value) -> bool:
-    return is_dict(value) and isinstance(value.get("params"), list) and is_number(value.get("lr"))
+    if not is_dict(value) or not isinstance(value.get("params"), list):
+        return False
+    return all(map(is_count, value["params"])) and is_number(value.get("lr"))
 
 
 def is_meters(value) -> bool:
@@ -87,6 +93,7 @@ ENTRIES = {
     "epoch": (lambda x: is_count(x, -1), "an epoch from -1"),
     "optimizer": (is_optimizer, "an optimizer's state dict"),
     "scaler": (lambda x: is_dict(x) and all(map(is_number, x.values())), "a dict of numbers"),
+    "model_ema": (is_state_dict, "a dict of tensors"),
     "args": (is_dict, "a dict"),
     "class_names": (is_names, "a list of names"),
     "state": (is_dict, "a dict"),

@@ -160,7 +160,7 @@ def weights_of(checkpoint: dict, source: str = "the checkpoint") -> dict[str, Te
     """The state dict of a checkpoint, without the prefixes of DDP and compile.
 
     Raises:
-        CheckpointError: it has no weights.
+        CheckpointError: it has no weights, or they are not floats.
     """
     weights = checkpoint.get("model", checkpoint)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -169,6 +169,9 @@ def weights_of(checkpoint: dict, source: str = "the checkpoint") -> dict[str, Te
             f"{source} holds no weights (entries: {found}); an entry 'model' with a state dict, "
             "or a bare state dict, is needed."
         )
+    for name, value in weights.items():
+        if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise CheckpointError(f"{name} of {source} holds {value.dtype}; floats are needed.")
     return {strip_prefixes(name): value for name, value in weights.items()}
 
 

@@ -50,7 +50,7 @@ class ViTBackbone(nn.Module):
     They do so themselves because the published checkpoints differ in the order of these tensors.
     """
 
-    kind: str  # "mae", "crossmae" or "classifier"
+    kind: str  # "mae", "crossmae", "classifier" or "encoder"
     grad_checkpointing = False  # keep only block inputs and run each block again in backward
     has_unused_blocks = False  # whether the last encoder blocks get no gradient
 
@@ -90,7 +90,8 @@ class ViTBackbone(nn.Module):
         """Class token, then embedded patches: all (B, 1 + L, D), or those of ids (B, V)."""
         pos_embed = self.pos_embed[:, 1:] if ids is None else self.pos_embed[0, 1:][ids]
         x = self.patch_embed(imgs, ids) + pos_embed
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        # From (1, D): the gradient of one image is then contiguous too, which DDP asks for.
+        cls_token = (self.cls_token[0] + self.pos_embed[0, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
     def run_blocks(self, x: Tensor, num_blocks: int | None = None) -> Iterator[Tensor]:
@@ -126,6 +127,28 @@ class ViTBackbone(nn.Module):
         *_, x = self.run_blocks(self.embed(imgs))
         x = getattr(self, "norm", nn.Identity())(x)
         return Features(x[:, 0], x[:, 1:])
+
+
+class Encoder(ViTBackbone):
+    """The encoder of a model, without decoder or head; `forward` returns its Features."""
+
+    kind = "encoder"
+
+    def __init__(self, model: ViTBackbone):
+        """
+        Args:
+            model: whose modules and parameters these are.
+        """
+        nn.Module.__init__(self)
+        self.embed_dim = model.embed_dim
+        self.cls_token, self.pos_embed = model.cls_token, model.pos_embed
+        self.patch_embed, self.blocks = model.patch_embed, model.blocks
+        if hasattr(model, "norm"):
+            self.norm = model.norm
+
+    def forward(self, imgs: Tensor) -> Features:
+        """imgs (B, C, H, W), nothing masked."""
+        return self.forward_features(imgs)
 
 
 class MaskedAutoencoder(ViTBackbone):

@@ -21,7 +21,7 @@ RANGES = {  # numeric flags of both scripts, in interval notation; the upper end
     "prefetch": "[1, 1000]",
     "num_workers": "[0, 1024]",
     "seed": "[0, 9000000000000000000]",
-    **dict.fromkeys("start_epoch skip_nonfinite warmup_epochs".split(), "[0, 10000000]"),
+    **dict.fromkeys("start_epoch skip_nonfinite warmup_epochs replay".split(), "[0, 10000000]"),
     **dict.fromkeys("save_every_minutes keep_every keep_last".split(), "[0, 10000000]"),
     **dict.fromkeys("lr blr min_lr weight_decay".split(), "[0, inf)"),
     "clip_grad": "(0, inf)",
@@ -94,6 +94,15 @@ def check_shared(args: argparse.Namespace) -> None:
                 "--data_path is empty (an unset variable?); name the folder of the data.",
             ),
             (
+                bool(getattr(args, "shard_cache", None))
+                and "://" not in (getattr(args, "predict", "") or args.data_path),
+                "--shard_cache is for tar files at a URL: leave it out.",
+            ),
+            (
+                bool(args.config),
+                f"--config {args.config} was not read: parse the flags with parse_flags.",
+            ),
+            (
                 args.compile and args.grad_checkpointing,
                 "--compile plans memory itself: leave out --grad_checkpointing.",
             ),
@@ -109,6 +118,10 @@ def check_shared(args: argparse.Namespace) -> None:
             (
                 args.skip_bad_images and getattr(args, "eval", False),
                 "--skip_bad_images is for training; --eval counts every image: leave it out.",
+            ),
+            (
+                bool(args.replay and (getattr(args, "eval", 0) or getattr(args, "predict", 0))),
+                "--replay takes a training step: leave out --eval and --predict.",
             ),
             (
                 args.resume == "auto" and not args.output_dir,

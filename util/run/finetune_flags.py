@@ -26,6 +26,7 @@ RANGES = {
     **dict.fromkeys("reprob mixup_prob mixup_switch_prob cutmix_minmax".split(), "[0, 1]"),
     **dict.fromkeys("mixup cutmix color_jitter".split(), "[0, 1000]"),
     "layer_decay": "(0, 1]",
+    "model_ema_decay": "[0, 1)",
     "nb_classes": "[1, 1000000]",
     "recount": "[1, 1000]",
 }
@@ -48,6 +49,12 @@ def add_model_flags(flag) -> None:
     flag("--cls_token", bool, False, "classify the class token", **options)
     flag("--finetune", str, "", "pre-trained checkpoint: a file, an https:// or hf:// URL")
     flag("--layer_decay", float, 0.75, "factor on the learning rate per layer")
+    text = (
+        "also keep an exponential moving average of the weights and evaluate it; with --eval and "
+        "--predict, use it instead of the weights"
+    )
+    flag("--model_ema", bool, False, text)
+    flag("--model_ema_decay", float, 0.9999, "fraction of the average kept at each optimizer step")
     text = (
         "train a linear classifier on the frozen encoder of --finetune, with MAE's recipe as "
         "defaults: LARS, blr 0.1, no weight decay, 90 epochs, warm-up 10, crop and flip only, "
@@ -163,6 +170,8 @@ def ignored_flags(args) -> dict[str, str]:
     ignored = {"finetune": "--resume has all weights"} if args.resume not in ("", "auto") else {}
     if args.aa:
         ignored["color_jitter"] = "--aa sets the colors (--aa '' leaves them)"
+    if not args.model_ema:
+        ignored["model_ema_decay"] = "no average is kept without --model_ema"
     if not is_mixing(args):
         names = ("mixup_prob", "mixup_switch_prob", "mixup_mode")
         ignored |= dict.fromkeys(names, "nothing is mixed without --mixup or --cutmix")
@@ -170,7 +179,7 @@ def ignored_flags(args) -> dict[str, str]:
         ignored["layer_decay"] = "--linear_probe trains the head alone"
     if args.eval or args.predict:
         names = "compile recompute mixup cutmix cutmix_minmax layer_decay clip_grad class_weights"
-        names = [*names.split(), "best_by"]
+        names = [*names.split(), "best_by", "model_ema_decay"]
         ignored |= dict.fromkeys(names, "nothing is trained")
     if args.predict:
         names = ("input_size", "patch_size", "in_chans", "mean", "std", "skip_bad_images")

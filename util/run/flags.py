@@ -8,9 +8,11 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from functools import partial
 
 from util.run.checks import IMAGENET_AT_META
+from util.run.config import expand_config
 
 UNSET = object()
 NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|^-inf$", re.IGNORECASE)
@@ -103,9 +105,11 @@ def add_data_flags(flag) -> None:
     text = (
         "folder with train/ and val/, each with one folder per class; pre-training takes any "
         "folder of images, a text file that lists them, or tar files (NAME-{0000..0003}.tar or "
-        "their folder)"
+        "their folder; also at a URL: hf://datasets/..., s3://, gs://, https://)"
     )
     flag("--data_path", str, IMAGENET_AT_META, text)
+    text = "folder of this machine to which tar files at a URL are copied, once"
+    flag("--shard_cache", str, None, text, metavar="DIR")
     text = "in training, replace an unreadable image by the next one and count it"
     flag("--skip_bad_images", bool, False, text)
     text = "of images in 0..1 (default: ImageNet's; 0.5 unless 3 channels)"
@@ -121,6 +125,11 @@ def add_data_flags(flag) -> None:
 
 
 def add_run_flags(flag) -> None:
+    text = (
+        "YAML or JSON file with flags by name, or run.json of an earlier run; flags of the command "
+        "line win"
+    )
+    flag("--config", str, "", text, metavar="FILE")
     flag("--epochs", int, None, "length of the run (default: %(default)s)")
     text = "checkpoints, log.txt and TensorBoard files; '' writes nothing"
     flag("--output_dir", str, "./output_dir", text)
@@ -129,6 +138,11 @@ def add_run_flags(flag) -> None:
     flag("--seed", int, 0, "the rank is added")
     text = "checkpoint to resume from: a file, an https:// or hf:// URL, or `auto` for the newest "
     flag("--resume", str, "", text + "complete one in the output folder")
+    text = (
+        "take this step of an earlier run once more, from the newest checkpoint of the output "
+        "folder or --resume, and name the first module that is not finite; writes nothing"
+    )
+    flag("--replay", int, None, text, nargs=2, metavar=("EPOCH", "ITERATION"))
     flag("--save_every", int, 1, "epochs between checkpoint.pth")
     text = "also save inside an epoch, this often (default: 0, only at its end)"
     flag("--save_every_minutes", float, 0, text)
@@ -150,13 +164,22 @@ def add_launch_flags(flag) -> None:
 
 
 def parse_flags(
-    parser: argparse.ArgumentParser, argv: list[str] | None = None
+    parser: argparse.ArgumentParser, argv: list[str] | None = None, modes: dict | None = None
 ) -> argparse.Namespace:
-    """Arguments of a command line; `given_flags` then knows which of them were typed."""
-    args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args), UNSET))
-    typed = vars(parser.parse_args(argv, unset)).items()
-    args._given = {name for name, value in typed if value is not UNSET}
+    """Arguments of a command line and its --config; `given_flags` then knows which were given.
+
+    Args:
+        modes: {switch: defaults that it changes}.
+    """
+    words = expand_config(parser, sys.argv[1:] if argv is None else list(argv))
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(words)), UNSET))
+    given = {k: v for k, v in vars(parser.parse_args(words, unset)).items() if v is not UNSET}
+    for switch, defaults in (modes or {}).items():
+        if given.get(switch):
+            parser.set_defaults(**defaults)
+    args = parser.parse_args(words)
+    args._given = given.keys()
+    args._words = words
     return args
 
 

@@ -19,7 +19,7 @@ from util.io.files import atomic_write, remove_temporary_files
 
 logger = logging.getLogger(__name__)
 
-RUN_FILES = ("checkpoint*.pth", "log.txt", "run.json")
+RUN_FILES = ("checkpoint*.pth", "log.txt", "run.json", "nonfinite.jsonl")
 EVENTS = "events.out.tfevents.*"  # of TensorBoard
 
 
@@ -91,8 +91,11 @@ def lock_output_dir(args: argparse.Namespace):
 def resolve_resume(args: argparse.Namespace) -> dict | None:
     """Read the checkpoint of --resume; None without one.
 
-    `auto` is replaced by the newest complete checkpoint in the output folder, or by ''.
+    `auto`, the default of --replay, is replaced by the newest complete checkpoint in the output
+    folder, or by ''.
     """
+    if getattr(args, "replay", None) and args.output_dir and not args.resume:
+        args.resume = "auto"
     if args.resume != "auto":
         return read_checkpoint(args.resume) if args.resume else None
     args.resume, checkpoint = find_newest(Path(args.output_dir))
@@ -126,7 +129,7 @@ def remove_old_checkpoints(folder: Path, keep_last: int, epoch: int) -> None:
     names = [p.stem.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*.pth")]
     epochs = sorted(int(name) for name in names if name.isdecimal() and int(name) <= epoch)
     for old in epochs[:-keep_last] if keep_last else []:
-        (folder / f"checkpoint-{old}.pth").unlink(missing_ok=True)
+        (folder / f"checkpoint-{old}.pth").unlink()
 
 
 def clear_output_dir(args: argparse.Namespace, epoch: int) -> None:

@@ -121,8 +121,9 @@ def describe_fallbacks() -> str:
     return "; ".join(dict.fromkeys(reason.splitlines()[0] for reason in reasons))
 
 
-def log_epoch(args, stats: dict) -> None:
-    """Append one JSON line to log.txt, on rank 0; warn if compiled code fell back.
+def log_epoch(args, stats: dict, name: str = "log.txt") -> None:
+    """Append one JSON line to log.txt, or to another file of the output folder, on rank 0;
+    warn if compiled code fell back.
 
     Raises:
         UserError: it cannot be written.
@@ -131,7 +132,7 @@ def log_epoch(args, stats: dict) -> None:
     if fallbacks:
         logger.warning("--compile: parts of the model run uncompiled: %s", fallbacks)
     if args.rank == 0 and args.output_dir:
-        path = Path(args.output_dir, "log.txt")
+        path = Path(args.output_dir, name)
         try:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(stats) + "\n")

@@ -75,7 +75,8 @@ def write_run_json(args, summary: dict[str, str]) -> None:
     if args.rank or not args.output_dir:
         return
     content = {
-        "command": sys.argv,
+        # with the flags of --config, so that it can be one itself
+        "command": [sys.argv[0], *getattr(args, "_words", sys.argv[1:])],
         "args": plain_args(args),
         "effective_batch": effective_batch_size(args),
         "start": summary,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from util.checkpoint import load_model, save_model
+from util.checkpoint import load_model, load_strict, save_model, with_ema_weights
 from util.distributed import (
     all_gather_objects,
     all_reduce_max,
@@ -34,11 +34,16 @@ STATE_KEYS = {*ORDER_FLAGS, "iteration", "meters", "best", "random"}
 class RunState:
     """Position, best result and random states of a run; saves and stops where that is due."""
 
-    def __init__(self, args, model_without_ddp, optimizer, loss_scaler):
+    def __init__(self, args, model_without_ddp, optimizer, loss_scaler, ema=None):
+        """
+        Args:
+            ema: timm's ModelEmaV3 of the model, updated after every optimizer step, or None.
+        """
         self.args = args
         self.model = model_without_ddp
         self.optimizer = optimizer
         self.loss_scaler = loss_scaler
+        self.ema = ema
         self.class_names: list[str] = []
         self.num_images: int | None = None  # of the training data
         self.epoch = args.start_epoch
@@ -49,6 +54,7 @@ class RunState:
         self.last_save = time.monotonic()
         self.last_saved = ""  # file and position of this run's last checkpoint, for messages
         self.writer = None  # TensorBoard's, flushed before a save
+        self.replay = None  # a StepWatch, for --replay
 
     def resume(self, checkpoint: dict | None = None) -> None:
         """Restore the run from args.resume, if it names a checkpoint.
@@ -64,6 +70,7 @@ class RunState:
                 self.args, self.model, self.optimizer, self.loss_scaler, checkpoint
             )
             self.epoch = self.args.start_epoch
+            self.restore_ema(checkpoint)
             if "optimizer" in checkpoint:
                 self.restore_position(checkpoint.get("state"))
             else:
@@ -73,6 +80,18 @@ class RunState:
                 )
             self.last_saved = self.describe(self.args.resume)
         self.check_agreement()
+
+    def restore_ema(self, checkpoint: dict) -> None:
+        """Continue the moving average of a checkpoint."""
+        source = self.args.resume
+        if self.ema is None:
+            if "model_ema" in checkpoint:
+                logger.warning("The average in %s ends here: --model_ema is not given", source)
+        elif "model_ema" in checkpoint:
+            load_strict(self.ema.module, with_ema_weights(checkpoint, source)["model"], source)
+        else:
+            self.ema.set(self.model)
+            logger.warning("%s holds no average: it starts from its weights", source)
 
     def describe(self, path: str | Path) -> str:
         """A checkpoint of the current position, in words."""
@@ -167,6 +186,8 @@ class RunState:
         """
         args = self.args
         self.writer = log.writer
+        if self.ema is not None:
+            self.ema.update(self.model)
         if get_world_size() == 1:
             is_due, is_stopping = self.requests()
         else:
@@ -244,6 +265,7 @@ class RunState:
             extra = {
                 "state": state,
                 "class_names": self.class_names,
+                **({"model_ema": self.ema.module.state_dict()} if self.ema is not None else {}),
                 "versions": {"torch": str(torch.__version__), "numpy": np.__version__},
             }
             parts = (self.model, self.optimizer, self.loss_scaler, extra)

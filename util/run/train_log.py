@@ -13,9 +13,10 @@ import time
 import torch
 from torch import Tensor
 
-from util.distributed import all_reduce_sum, get_world_size
+from util.distributed import all_gather_objects, all_reduce_sum, get_world_size
 from util.io.errors import NonFiniteLoss, UserError
 from util.metrics import MetricLogger, SmoothedValue
+from util.run.setup import log_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ class TrainLog:
         Args:
             loss_tag: name of the loss in TensorBoard.
             writer: TensorBoard writer, or None.
-            args: accum_iter; optional skip_nonfinite, skip_bad_images, num_workers, compile.
+            args: accum_iter; optional skip_nonfinite, skip_bad_images, num_workers, compile, seed,
+                rank, output_dir.
             state: a RunState, or None to start at the beginning.
         """
         self.epoch = epoch
@@ -41,10 +43,12 @@ class TrainLog:
         self.loss_tag = loss_tag
         self.writer = writer
         self.loss_scaler = loss_scaler
+        self.args = args
         self.max_skipped = getattr(args, "skip_nonfinite", 0)
         self.num_workers = getattr(args, "num_workers", None)
         self.skips_bad_images = getattr(args, "skip_bad_images", False)
         self.first_iteration = state.iteration if state is not None else 0
+        self.replay = state.replay if state is not None else None
         self.last_saved = state.last_saved if state is not None else ""
         is_first_epoch = state is not None and state.is_first_epoch
         self.times_first_step = getattr(args, "compile", False) and is_first_epoch
@@ -55,7 +59,6 @@ class TrainLog:
         self.unread: list[tuple[int, float, Tensor, Tensor | None]] = []
         self.metrics = MetricLogger()
         self.metrics.add_meter("lr", SmoothedValue(1, "{value:.6f}"))
-        self.metrics.add_meter("loss", SmoothedValue())
         if state is not None:
             self.skipped = state.restore_meters(self.metrics)
 
@@ -66,6 +69,8 @@ class TrainLog:
         with collect_garbage_rarely() as collect:
             for iteration, batch in batches:
                 start = time.perf_counter()
+                if self.replay:
+                    self.replay.before(self.epoch, iteration, batch[0])
                 yield iteration, batch
                 if self.times_first_step and iteration == first:
                     seconds = time.perf_counter() - start
@@ -75,6 +80,8 @@ class TrainLog:
 
     def add(self, iteration: int, optimizer, loss: Tensor, grad_norm: Tensor | None) -> None:
         """Note one iteration; grad_norm is given where the optimizer took a step."""
+        if self.replay:
+            self.replay.after(loss, is_step=grad_norm is not None)
         lr = max(group["lr"] for group in optimizer.param_groups)
         self.unread.append((iteration, lr, loss.detach(), grad_norm))
         if loss.device.type == "cpu" or len(self.unread) == PRINT_FREQ:  # on a CPU it costs nothing
@@ -99,8 +106,8 @@ class TrainLog:
         else:
             losses = values.tolist()
         norms = to_floats([norm for *_, norm in self.unread])
-        for (iteration, lr, _, _), loss, norm in zip(self.unread, losses, norms, strict=True):
-            self.read_one(iteration, lr, loss, norm)
+        for (iteration, lr, own, _), loss, norm in zip(self.unread, losses, norms, strict=True):
+            self.read_one(iteration, lr, loss, norm, own)
         self.unread.clear()
 
     def take_requests(self) -> tuple[bool, bool]:
@@ -109,15 +116,15 @@ class TrainLog:
         self.save_requested = self.stop_requested = False
         return requests
 
-    def read_one(self, iteration: int, lr: float, loss: float, norm: float | None) -> None:
+    def read_one(self, iteration: int, lr: float, loss: float, norm, own_loss: Tensor) -> None:
+        """Note one iteration: mean loss over the ranks, gradient norm or None, this rank's loss."""
         has_norm = norm is not None and math.isfinite(norm)
         # Under fp16 loss scaling, non-finite gradients are ordinary.
         bad_norm = norm is not None and not has_norm and not self.loss_scaler.scaler.is_enabled()
         is_bad = not math.isfinite(loss) or bad_norm
         if is_bad and not self.in_bad_step:  # one optimizer step counts once
-            self.skip(
-                iteration, *(("Gradient norm", norm) if math.isfinite(loss) else ("Loss", loss))
-            )
+            name, value = ("Gradient norm", norm) if math.isfinite(loss) else ("Loss", loss)
+            self.skip(iteration, name, value, self.record(iteration, name, value, own_loss))
         self.in_bad_step = (is_bad or self.in_bad_step) and norm is None
         if is_bad:
             return
@@ -128,18 +135,33 @@ class TrainLog:
             scalars = {self.loss_tag: loss, "lr": lr}
             self.write(iteration, scalars | ({"grad_norm": norm} if has_norm else {}))
 
-    def skip(self, iteration: int, name: str, value: float) -> None:
+    def record(self, iteration: int, name: str, value: float, own_loss: Tensor) -> str:
+        """Write what --replay needs to nonfinite.jsonl; returns it in words."""
+        losses = [float(x) for x in all_gather_objects(own_loss.item())]
+        ranks = [rank for rank, x in enumerate(losses) if not math.isfinite(x)]
+        seed = getattr(self.args, "seed", None)
+        entry = {"epoch": self.epoch, "iteration": iteration, "seed": seed, "ranks": ranks}
+        entry |= {"world_size": len(losses), "value": f"{name} {value}"}
+        if getattr(self.args, "output_dir", ""):
+            log_epoch(self.args, entry, "nonfinite.jsonl")
+        of_ranks = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+        return (
+            f"The {name.lower()}{of_ranks} (seed {seed}) is not finite: "
+            f"--replay {self.epoch} {iteration} names the module."
+        )
+
+    def skip(self, iteration: int, name: str, value: float, remedy: str) -> None:
         """Count a step that changed nothing, or stop."""
         self.skipped += 1
         where = f"epoch {self.epoch}, iteration {iteration}"
         if self.skipped > self.max_skipped:
-            last = f"the last checkpoint is {self.last_saved}" if self.last_saved else ""
-            raise NonFiniteLoss(
-                f"{name} is {value}, stopping training: {where}; {last or 'nothing was saved yet'}."
-            )
+            saved = "nothing was saved yet"
+            if self.last_saved:
+                saved = f"the last checkpoint is {self.last_saved}"
+            raise NonFiniteLoss(f"{name} is {value}, stopping training: {where}; {saved}. {remedy}")
         logger.warning(
-            "%s is %s at %s: step skipped (%d of at most %d in this epoch)",
-            *(name, value, where, self.skipped, self.max_skipped),
+            "%s is %s at %s: step skipped (%d of at most %d in this epoch). %s",
+            *(name, value, where, self.skipped, self.max_skipped, remedy),
         )
 
     def write(self, iteration: int, scalars: dict[str, float]) -> None:
