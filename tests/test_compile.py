@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.layers.blocks import DropPath
 from util.layers.vit import compile_model
+from util.run.flags import parse_flags
 from util.run.setup import describe_fallbacks
 
 DEEP = dict(depth=12, drop_path_rate=0.2)
@@ -118,3 +119,17 @@ def test_compiled_drop_path_keeps_the_mean():
     kept = y[:, 0, 0] > 0
     assert torch.equal(y[:, 0, 0], y[:, 0, 1]) and abs(kept.float().mean() - 0.75) < 0.02
     torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.75))
+
+
+@pytest.mark.parametrize(
+    "value, expected", [("true", "blocks"), ("false", None), ("whole", "whole")]
+)
+def test_flag_and_its_value_in_a_config_file(value, expected, tmp_path):
+    """A bare --compile means blocks; run.json of earlier versions holds true or false."""
+    from main_pretrain import get_args_parser
+
+    (tmp_path / "run.yaml").write_text(f"compile: {value}\n")
+    args = parse_flags(get_args_parser(), ["--config", str(tmp_path / "run.yaml")])
+    assert args.compile == expected
+    assert parse_flags(get_args_parser(), ["--compile"]).compile == "blocks"
+    assert parse_flags(get_args_parser(), []).compile is None

@@ -176,7 +176,7 @@ def get_args_parser() -> FlagParser:
     text = "operations computed again in backward"
     flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
     options = dict(nargs="?", const="blocks", choices=["blocks", "whole"])
-    flag("--compile", str, "", "blocks or whole model; not in the reference", **options)
+    flag("--compile", str, None, "blocks or whole model; not in the reference", **options)
     flag("--repeats", int, 7, "pairs measured")
     flag("--steps", int, 1, "calls per timing; GPU: 20 or more")
     flag("--threads", int, None, "CPU threads (default: torch's)")

@@ -82,7 +82,7 @@ def add_model_flags(flag) -> None:
         "the model (whole); the first step then takes minutes"
     )
     options = dict(nargs="?", const="blocks", choices=["blocks", "whole"])
-    flag("--compile", str, "", text, **options)
+    flag("--compile", str, None, text, **options)
 
 
 def add_optim_flags(flag) -> None:
