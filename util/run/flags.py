@@ -134,6 +134,8 @@ def add_run_flags(flag) -> None:
     text = "checkpoints, log.txt and TensorBoard files; '' writes nothing"
     flag("--output_dir", str, "./output_dir", text)
     flag("--log_dir", str, None, "TensorBoard folder (default: output_dir)")
+    text = "also log to this project of Weights & Biases (pip install wandb)"
+    flag("--wandb", str, "", text, metavar="PROJECT")
     flag("--device", str, None, "cuda or cpu (default: cuda if available)")
     flag("--seed", int, 0, "the rank is added")
     text = "checkpoint to resume from: a file, an https:// or hf:// URL, or `auto` for the newest "

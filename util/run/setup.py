@@ -18,6 +18,7 @@ from util.io.checkpoint_file import plain_args
 from util.io.errors import UserError
 from util.rng import seed_all
 from util.run.launch import start_logging
+from util.run.wandb_log import WandbWriter
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def set_lr(args, scale: float = 1.0, scale_text: str = "") -> str:
 
 @contextlib.contextmanager
 def tensorboard_writer(args, state, num_iterations: int):
-    """TensorBoard writer on rank 0, None elsewhere and without a log folder.
+    """TensorBoard writer on rank 0, with --wandb one for both; None elsewhere, or without a folder.
 
     Points that an interrupted run wrote after the position of `state` are purged.
 
@@ -69,6 +70,8 @@ def tensorboard_writer(args, state, num_iterations: int):
         flags = {name: v if isinstance(v, int | float) else str(v) for name, v in flags}
         for summary in hparams(flags, {"train_loss": 0.0})[:2]:
             writer.file_writer.add_summary(summary)
+    if args.wandb:
+        writer = WandbWriter(writer, args, is_resumed=bool(step))
     try:
         yield writer
     finally:
