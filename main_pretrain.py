@@ -17,7 +17,7 @@ from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.eval.knn import OnlineKnn
 from util.layers.attention import get_attention_backend
-from util.layers.vit import compile_blocks
+from util.layers.vit import compile_model
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
 from util.run.checks import adopt_input, check_ranges, check_shared, refuse, set_mean_std
@@ -204,7 +204,7 @@ def main(args) -> None:
     log_summary(args, summary)
     write_run_json(args, summary)
     if args.compile:
-        compile_blocks(model)
+        compile_model(model, args.compile)
     ddp_model = wrap_ddp(model, args.device, args.find_unused_parameters or model.has_unused_blocks)
     install_handlers()
     with (

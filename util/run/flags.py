@@ -77,8 +77,12 @@ def add_model_flags(flag) -> None:
         "all, LayerNorm too"
     )
     flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
-    text = "torch.compile every transformer block; the first step then takes minutes"
-    flag("--compile", bool, False, text)
+    text = (
+        "torch.compile every transformer block (blocks, the default of a bare --compile) or all of "
+        "the model (whole); the first step then takes minutes"
+    )
+    options = dict(nargs="?", const="blocks", choices=["blocks", "whole"])
+    flag("--compile", str, None, text, **options)
 
 
 def add_optim_flags(flag) -> None:

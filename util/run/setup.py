@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import logging
+import sys
 import threading
 import time
 from pathlib import Path
@@ -114,12 +115,25 @@ def training_time(args, state):
     logger.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
 
 
+def describe_fallbacks() -> str:
+    """Why torch.compile left code of this process uncompiled, in words; empty if it did not."""
+    if "torch._dynamo" not in sys.modules:  # imported by the first compilation
+        return ""
+    counters = torch._dynamo.utils.counters
+    reasons = [*counters["unimplemented"], *counters["graph_break"]]
+    return "; ".join(dict.fromkeys(reason.splitlines()[0] for reason in reasons))
+
+
 def log_epoch(args, stats: dict, name: str = "log.txt") -> None:
-    """Append one JSON line to log.txt, or to another file of the output folder, on rank 0.
+    """Append one JSON line to log.txt, or to another file of the output folder, on rank 0;
+    warn if compiled code fell back.
 
     Raises:
         UserError: it cannot be written.
     """
+    fallbacks = describe_fallbacks()
+    if fallbacks:
+        logger.warning("--compile: parts of the model run uncompiled: %s", fallbacks)
     if args.rank == 0 and args.output_dir:
         path = Path(args.output_dir, name)
         try:
