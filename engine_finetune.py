@@ -92,7 +92,14 @@ def evaluate(data_loader, model, device, amp_dtype="auto") -> dict[str, float]:
     metric_logger = MetricLogger()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
     per_class = torch.zeros(2, 0, dtype=torch.float64, device=device)  # correct, images
-    for _, (imgs, labels) in metric_logger.log_every(data_loader, 10, "Test:"):
+    unread = []  # loss and accuracies of batches, still on the device
+
+    def read() -> None:
+        for loss, acc1, acc5 in torch.stack(unread).tolist():
+            metric_logger.update(loss=loss, acc1=100 * acc1, acc5=100 * acc5)
+        unread.clear()
+
+    for _, (imgs, labels) in metric_logger.log_every(data_loader, 10, "Test:", before_print=read):
         imgs = imgs.to(device, non_blocking=True)  # no copy after DeviceLoader
         labels = labels.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
@@ -100,8 +107,7 @@ def evaluate(data_loader, model, device, amp_dtype="auto") -> dict[str, float]:
         batch, batch_per_class = score(logits.float(), labels)
         totals += batch
         per_class = batch_per_class + per_class if per_class.numel() else batch_per_class
-        loss, acc1, acc5 = (batch[:3] / batch[3]).tolist()
-        metric_logger.update(loss=loss, acc1=100 * acc1, acc5=100 * acc5)
+        unread.append(batch[:3] / batch[3])
 
     loss, acc1, acc5 = (all_reduce_sum(totals)[:3] / totals[3]).tolist()
     stats = {"loss": loss, "acc1": 100 * acc1, "acc5": 100 * acc5}

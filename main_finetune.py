@@ -30,7 +30,7 @@ from util.eval.report import report_evaluation
 from util.io.checkpoint_file import read_checkpoint
 from util.io.pretrained import read_pretrained
 from util.layers.attention import get_attention_backend
-from util.layers.vit import compile_blocks
+from util.layers.vit import compile_model
 from util.lr_decay import param_groups_lrd
 from util.optim import NativeScalerWithGradNormCount, build_adamw, build_lars, choose_amp_dtype
 from util.run.checks import adopt_input, set_mean_std
@@ -198,7 +198,7 @@ def train(args) -> None:
     log_summary(args, summary)
     write_run_json(args, summary)
     if args.compile:
-        compile_blocks(model)
+        compile_model(model, args.compile)
     ddp_model = wrap_ddp(model, args.device, find_unused_parameters=False)
     install_handlers()
     with (

@@ -12,11 +12,12 @@ from util.build import build_pretrain_model
 from util.checkpoint import init_from
 from util.data.loaders import build_train_loader
 from util.data.remote import localize
+from util.data.transforms import CROP_SCALE
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.eval.knn import OnlineKnn
 from util.layers.attention import get_attention_backend
-from util.layers.vit import compile_blocks
+from util.layers.vit import compile_model
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
 from util.run.checks import adopt_input, check_ranges, check_shared, refuse, set_mean_std
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 RANGES = {
     **dict.fromkeys(("mask_ratio", "kept_mask_ratio"), "(0, 1)"),  # they scale lr, for MAE too
+    "crop_scale": "(0, 1]",
     "decoder_depth": "[1, 1000]",
     "decoder_embed_dim": "[1, 65536]",
     "log_images": "[0, 1000]",
@@ -86,6 +88,8 @@ def add_training_flags(flag) -> None:
     text = "fraction of all patches that CrossMAE predicts, at most --mask_ratio"
     flag("--kept_mask_ratio", float, 0.75, text)
     flag("--norm_pix_loss", bool, False, "predict pixels normalized within each patch")
+    text = "smallest and largest fraction of an image's area that a crop takes (default: 0.2 1)"
+    flag("--crop_scale", float, CROP_SCALE, text, nargs=2, metavar=("MIN", "MAX"))
     text = "scale the learning rate by mask/kept instead of kept/mask ratio"
     flag("--inverse_lr", bool, False, text)
     flag("--no_lr_scale", bool, False, "do not scale the learning rate by the ratios")
@@ -133,6 +137,10 @@ def check_args(args) -> None:
             (
                 bool(args.knn_every) != bool(args.knn_data),
                 "--knn_every N and --knn_data DIR belong together: give both or none.",
+            ),
+            (
+                args.crop_scale[0] > args.crop_scale[1],
+                "--crop_scale takes two fractions of the area, the smaller one first.",
             ),
             (
                 not args.cross_mae and bool(only_cross),
@@ -199,7 +207,7 @@ def main(args) -> None:
     log_summary(args, summary)
     write_run_json(args, summary)
     if args.compile:
-        compile_blocks(model)
+        compile_model(model, args.compile)
     ddp_model = wrap_ddp(model, args.device, args.find_unused_parameters or model.has_unused_blocks)
     install_handlers()
     with (

@@ -103,3 +103,24 @@ def test_selection_changes_no_global_state():
     get_attention_backend(True, CPU, None).self_attention(torch.randn(1, 2, 3, 1, 8))
     assert F.scaled_dot_product_attention is before
     assert enabled_kernels() == enabled_before == (True, True, True)
+
+
+def test_16_bit_attention_on_a_cpu_computes_in_float32():
+    """Not farther from the float64 result than one rounding, forward and gradients."""
+    backend = get_attention_backend(False, torch.device("cpu"), torch.bfloat16)
+    assert backend.name.endswith("in float32")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 8).bfloat16() for n in (5, 7, 7))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    rounded = [x.requires_grad_() for x in (q, k, v)]
+    weights = torch.einsum("bnhd,bmhd->bhnm", *exact[:2]).div(8**0.5).softmax(-1)
+    expected = torch.einsum("bhnm,bmhd->bnhd", weights, exact[2])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = backend.attention(*rounded)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-6)
+    direction = torch.randn_like(out)
+    out.backward(direction)
+    expected.backward(direction.double())
+    for x, y in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=2**-8, atol=1e-6)

@@ -94,6 +94,11 @@ def test_typo_names_the_closest_flag(main, capsys):
         get_parser(main).parse_args(["--batchsize", "3"])
     error = capsys.readouterr().err
     assert "--batchsize" in error and "did you mean --batch_size?" in error
+    for argv in (["--zzzzzzzz"], ["--batch_size", "many"]):  # nothing is close; the flag is right
+        with pytest.raises(SystemExit):
+            get_parser(main).parse_args(argv)
+        error = capsys.readouterr().err
+        assert "; see --help" in error and "did you mean" not in error
 
 
 @pytest.mark.parametrize("main", MAINS)

@@ -13,6 +13,7 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from util.data.transforms import (
+    CROP_SCALE,
     FastPretrainTransform,
     build_pretrain_transform,
     build_transform,
@@ -87,6 +88,24 @@ def test_fast_pretraining_transform():
         difference = (normalize(out[None], mean, std)[0] - expected).abs()
         assert difference.max() <= 2 * BOUNDS["eval_abs"]
         assert difference.mean() <= 4 * BOUNDS["eval_mean_abs"]
+
+
+@pytest.mark.parametrize("loader", ["fast", "pillow"])
+def test_crop_scale(loader, image_folder):
+    """Crops of exactly half the area, up to whole pixels; without the flag 20 to 100 %."""
+    args = settings(data_path=str(image_folder), loader=loader, crop_scale=(0.5, 0.5))
+    image = torch.zeros(3, 100, 100)
+    for scale, low, high in (((0.5, 0.5), 0.49, 0.51), (CROP_SCALE, 0.2, 1.0)):
+        args.crop_scale = scale
+        transform = build_pretrain_dataset(args).transform
+        crop = transform.crop if loader == "fast" else transform.transforms[0]
+        areas = []
+        for seed in range(40):
+            torch.manual_seed(seed)
+            _, _, height, width = crop.get_params(image, crop.scale, crop.ratio)
+            areas.append(height * width / 10_000)
+        assert low - 0.01 <= min(areas) <= max(areas) <= high
+    assert max(areas) - min(areas) > 0.6
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(image_folder):

@@ -1,6 +1,9 @@
 """tools/demo_data.py: the documented split, and how an existing folder is treated."""
 
+import gzip
 import json
+import re
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -9,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import FashionMNIST
 
-from tools import demo_data
+from tools import demo_data, image_set
 from util.io.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,3 +122,83 @@ def test_missing_scikit_learn_is_reported_with_the_remedy(tmp_path):
     assert "Error: " in result.stdout and len(result.stdout.splitlines()) == 1, result.stderr
     assert "pip install -r scripts/requirements-demo.txt" in result.stdout
     assert not (tmp_path / "digits").exists()
+
+
+@pytest.fixture
+def fashion_files(tmp_path) -> Path:
+    """Files of Fashion-MNIST's format and size; pixel 0 of image i is i % 256, its label i % 10."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for part, count in (("train", 60000), ("t10k", 10000)):
+        images = np.zeros((count, 28, 28), np.uint8)
+        images[:, 0, 0] = np.arange(count) % 256
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for name, values in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+            data = gzip.compress(header + values.tobytes(), 1)
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(data)
+    return folder
+
+
+def test_fashion_mnist(fashion_files, tmp_path, monkeypatch):
+    """Read as torchvision reads it; gray images of 28 pixels under their class names."""
+    raw = tmp_path / "FashionMNIST"
+    raw.mkdir()
+    (raw / "raw").symlink_to(fashion_files)
+    for path in list(fashion_files.iterdir()):
+        (fashion_files / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    expected = [FashionMNIST(tmp_path, train=train) for train in (True, False)]
+    data = image_set.load_fashion_mnist(fashion_files)
+    assert np.array_equal(data.images, np.concatenate([part.data.numpy() for part in expected]))
+    assert data.labels.tolist() == sum((part.targets.tolist() for part in expected), [])
+    names = [re.sub("[ /]", "_", name.lower()) for name in FashionMNIST.classes]
+    assert data.class_names == names
+    small = data._replace(images=data.images[-40:], labels=data.labels[-40:], num_train=30)
+    monkeypatch.setattr(demo_data, "load_fashion_mnist", lambda folder: small)
+    flags = ["--set", "fashion-mnist", "--from", str(fashion_files), "--labels_per_class", "2"]
+    args = demo_data.get_args_parser().parse_args([str(tmp_path / "out"), *flags, "--draw", "1"])
+    demo_data.main(args)
+    counts = Counter(path.rsplit("/", 2)[0] for path in relative_files(tmp_path / "out"))
+    counts.pop("demo_data.json", None)
+    assert {k: v for k, v in counts.items() if "/" in k or k in ("train", "val")} == {
+        **{"train": 30, "val": 10, "few/train": 20, "few/val": 10}
+    }
+    with Image.open(tmp_path / "out/val/coat/fashion_0034.png") as image:
+        assert image.mode == "L" and image.size == (28, 28)
+        assert image.getpixel((0, 0)) == (9960 + 34) % 256
+
+
+def test_draws_of_few_labels_differ():
+    data = demo_data.load_digits()
+    draws = [demo_data.choose_few(data, 5, draw) for draw in (None, 0, 1, 1)]
+    assert draws[2] == draws[3] and len({tuple(draw) for draw in draws}) == 3
+    for draw in draws:
+        assert Counter(data.labels[draw].tolist()) == dict.fromkeys(range(10), 5)
+        assert max(draw) < demo_data.NUM_TRAIN and len(set(draw)) == 50
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--set", "fashion-mnist"], "needs --from DIR or --download"),
+        (["--set", "fashion-mnist", "--from", "x", "--download"], "one of them"),
+        (["--from", "x"], "belong to --set fashion-mnist"),
+        (["--set", "fashion-mnist", "--from", "nowhere"], "Cannot read nowhere/train-images"),
+        (["--draw", "-1"], "--draw is -1"),
+    ],
+)
+def test_refused_flags(flags, message, tmp_path):
+    args = demo_data.get_args_parser().parse_args([str(tmp_path / "out"), *flags])
+    with pytest.raises(UserError, match=message):
+        demo_data.main(args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_file_is_refused(fashion_files):
+    path = fashion_files / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(b"\0\0\x08\x01" + bytes(100)))
+    with pytest.raises(UserError, match="t10k-labels.*does not hold 10000 bytes"):
+        image_set.load_fashion_mnist(fashion_files)
+    path.write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="t10k-labels.*--from must name"):
+        image_set.load_fashion_mnist(fashion_files)

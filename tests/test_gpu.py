@@ -10,7 +10,7 @@ import torch
 
 from tools.reference import reference_loss
 from util.layers.attention import FlashPackageBackend, get_attention_backend
-from util.layers.vit import compile_blocks
+from util.layers.vit import compile_model
 from util.optim import NativeScalerWithGradNormCount, build_adamw
 
 pytestmark = [
@@ -92,7 +92,7 @@ def test_compiled_blocks_match_uncompiled_loss(tiny_cross):
     model = tiny_cross().to(GPU)
     imgs, noise = torch.randn(4, 3, 32, 32, device=GPU), torch.rand(4, 16, device=GPU)
     expected = model(imgs, noise=noise).item()
-    compile_blocks(model)
+    compile_model(model)
     loss = model(imgs, noise=noise)
     loss.backward()
     assert abs(loss.item() - expected) < 1e-4

@@ -142,7 +142,7 @@ def test_nothing_of_the_project_imports_the_tests():
 
 def test_imported_packages_are_declared():
     """Besides the standard library and the optional packages."""
-    optional = "flash_attn onnxruntime sklearn torchcodec transformers".split()
+    optional = "flash_attn onnxruntime sklearn submitit torchcodec transformers wandb".split()
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     declared = {re.split(r"[^\w-]", line)[0].lower() for line in lines if line[:1].isalpha()}
     own_names = {"PIL": "pillow", "yaml": "pyyaml"}

@@ -18,11 +18,11 @@ from parity_data import (
     record,
     select,
 )
-from timm.layers import DropPath
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
 from util.checkpoint import load_encoder
+from util.layers.blocks import DropPath
 
 
 @pytest.mark.parametrize("case", parity_cases("vit", "vit"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_visualize import assert_axes_do_not_overlap
 
 from tools import plot_log
 from util.io.errors import UserError
@@ -117,6 +118,17 @@ def test_points_are_where_they_belong():
         assert tuple(page[len(page) - 1 - int(y), int(x)]) == color
     x, y = axes.transData.transform((5, 0.25))
     assert tuple(page[len(page) - 1 - int(y), int(x) + 9]) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("num_panels, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 3, 2)])
+def test_panels_have_one_size_and_do_not_overlap(num_panels, columns, rows):
+    panels = {(f"key{i}", ""): {"a": [(0, 0.0), (1, 1.0)]} for i in range(num_panels)}
+    figure = plot_log.draw_curves(panels)
+    width, height = figure.get_size_inches()
+    assert width == pytest.approx(3.3 * columns)
+    assert height == pytest.approx(2.4 * rows, abs=0.3)
+    figure_to_array(figure)  # the layout is made when it is drawn
+    assert_axes_do_not_overlap(figure)
 
 
 def test_runs_of_more_than_all_colors_differ():

@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
 SEED_COMMANDS = json.loads((ROOT / "tests/parity/cli.json").read_text())["seed_commands"]
-WRITTEN_BY_A_RUN = ("log.txt", "features.txt", "confusion.png")
+WRITTEN_BY_A_RUN = ("log.txt", "wandb_id.txt", "features.txt", "confusion.png")
 
 
 def shell_commands(text: str) -> list[list[str]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tools.reference import reference_loss
-from util.layers.vit import compile_blocks
+from util.layers.vit import compile_model
 
 VARIANTS = [
     dict(weight_fm=weight_fm, use_input=use_input, use_fm=use_fm, self_attn=self_attn)
@@ -78,7 +78,7 @@ def test_grad_checkpointing_matches_reference(factory, request):
 def test_compiled_blocks_keep_names_and_loss(tiny_cross):
     model = perturb(tiny_cross())
     names = list(model.state_dict())
-    compile_blocks(model, backend="aot_eager")
+    compile_model(model, backend="aot_eager")
     assert list(model.state_dict()) == names
     assert_matches_reference(model, (0.75, 0.25))
 

@@ -23,7 +23,7 @@ from processes import FINETUNE, PRETRAIN, SAVE_EVERY_STEP, fork_server, read_log
 from test_labels import pack
 
 from tools import knn
-from util.data import remote
+from util.data import remote, shard_copy
 from util.data.remote import localize, run_together
 from util.data.shards import read_shards
 from util.data.sources import list_pretrain_images
@@ -124,6 +124,7 @@ def test_a_local_source_is_unchanged(tmp_path):
         ("memory://nothing", [""], "no .tar file in memory://nothing"),
         ("memory://bucket/train", ["train", "val"], "no .tar file in .*; labels are needed"),
         (PATTERN, ["train", "val"], "labels are needed here: name the folder that holds"),
+        ("memory://bucket/x.tar.gz", [""], "is compressed.*unpack it"),
         ("memory://bucket/../x.tar", [""], r"holds '\.\.'"),
         ("nosuch://bucket/x.tar", [""], "Cannot read nosuch://bucket/x.tar .*nosuch"),
     ],
@@ -156,8 +157,8 @@ def test_too_little_space_is_said_first(bucket, shards, monkeypatch, tmp_path):
     """With both sizes, before anything is copied; what is there already does not count."""
     usage = namedtuple("usage", "total used free")
     size = sum((shards / f"set-{part:04d}.tar").stat().st_size for part in range(3))
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: usage(0, 0, size - 1))
-    monkeypatch.setattr(remote, "in_gib", lambda size: f"{size} bytes")
+    monkeypatch.setattr(shard_copy.shutil, "disk_usage", lambda _: usage(0, 0, size - 1))
+    monkeypatch.setattr(shard_copy, "in_gib", lambda size: f"{size} bytes")
     text = rf"3 shards to copy take {size} bytes, --shard_cache .* has {size - 1} bytes free"
     with pytest.raises(UserError, match=text):
         localize(PATTERN, tmp_path, "")
@@ -318,7 +319,7 @@ def test_two_ranks_train_as_on_local_shards(shards, tmp_path):
     """From a http server: each shard is requested once, and never again; the logs are equal. Killed
     in the middle of a copy, and then in the middle of the second epoch.
     """
-    cache, logs = tmp_path / "cache", []
+    cache = tmp_path / "cache"
     with serve(shards) as (url, server):
         pattern = f"{url}/set-{{0000..0002}}.tar"
         flags = [*PRETRAIN, "--batch_size", "4", "--log_dir", "", "--epochs", "2"]
@@ -335,16 +336,15 @@ def test_two_ranks_train_as_on_local_shards(shards, tmp_path):
         finished = {path.name for path in cache.rglob("set-*.tar")}
         assert finished == {"set-0000.tar"}
         server.delay = 0
-        for _ in range(2):
-            server.requests.clear()
-            shutil.rmtree(out)
-            out.mkdir()
-            runs = fork_server.start_group(2, command, out)
-            assert [run.wait(120) for run in runs] == [0, 0], runs[0].text()
-            logs.append((read_log(out), tar_requests(server)))
+        server.requests.clear()
+        shutil.rmtree(out)
+        out.mkdir()
+        runs = fork_server.start_group(2, command, out)
+        assert [run.wait(120) for run in runs] == [0, 0], runs[0].text()
         assert f"30 images in 3 shards of {cache}/http/127.0.0.1" in runs[0].text()
-        (first, requests), (second, again) = logs
-        assert requests == ["/set-0001.tar", "/set-0002.tar"] and again == []
+        assert tar_requests(server) == ["/set-0001.tar", "/set-0002.tar"]
+        first = read_log(out)
+        server.requests.clear()
         out = tmp_path / "resumed"
         out.mkdir()
         command[-1] = out
@@ -365,7 +365,7 @@ def test_two_ranks_train_as_on_local_shards(shards, tmp_path):
     local = ["--data_path", f"{shards}/set-{{0000..0002}}.tar", "--output_dir", out]
     runs = fork_server.start_group(2, [*flags, *local], out)
     assert [run.wait(120) for run in runs] == [0, 0], runs[0].text()
-    assert first == second == read_log(out) and len(first) == 2
+    assert first == read_log(out) and len(first) == 2
 
 
 @needs_aiohttp

@@ -56,6 +56,17 @@ def build(request, tiny_cross, tiny_mae):
     return {"cross": tiny_cross, "mae": tiny_mae}[request.param]
 
 
+def assert_axes_do_not_overlap(figure) -> None:
+    """All axes lie inside the figure, and no two of them share a pixel."""
+    boxes = [axes.get_position() for axes in figure.axes]
+    for i, one in enumerate(boxes):
+        assert min(one.x0, one.y0) >= 0 and max(one.x1, one.y1) <= 1, i
+        for other in boxes[:i]:
+            width = min(one.x1, other.x1) - max(one.x0, other.x0)
+            height = min(one.y1, other.y1) - max(one.y0, other.y0)
+            assert width <= 1e-6 or height <= 1e-6, (one, other)
+
+
 def draw_pixels(size: tuple[int, int], count: int = 2, channels: int = 3) -> torch.Tensor:
     """Random images, uint8 (count, C, H, W)."""
     generator = torch.Generator().manual_seed(1)
@@ -428,6 +439,20 @@ def test_attention_figure(build):
                 assert ((frame.p0 + frame.p1) / 2).tolist() == pytest.approx([column, row])
     assert ("does not attend to" in texts_of(figure)) == is_cross
     assert COLORS.get_bad()[:3] == pytest.approx([GRAY / 255] * 3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parts_of_figures_do_not_overlap(build, size):
+    """Images, maps and color bars of two images and two ratios; nothing sticks out of the page."""
+    model = build(img_size=size)
+    args = Namespace(mean=MEAN, std=STD, mask_ratio=0.75, kept_mask_ratio=0.75)
+    imgs = torch.randn(2, 3, *size)
+    for draw in (draw_reconstructions, draw_attention):
+        figure = draw(model, imgs, args, mask_ratios=[0.5, 0.75])
+        assert_axes_do_not_overlap(figure)
+        assert len(figure.axes) > 8
+    if model.kind == "crossmae":
+        assert_axes_do_not_overlap(draw_feature_map_weights(model))
 
 
 @pytest.mark.parametrize("size", SIZES)

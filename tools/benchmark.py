@@ -175,7 +175,8 @@ def get_args_parser() -> FlagParser:
     flag("--grad_checkpointing", bool, False, "not in the reference")
     text = "operations computed again in backward"
     flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
-    flag("--compile", bool, False, "compile the blocks; not in the reference")
+    options = dict(nargs="?", const="blocks", choices=["blocks", "whole"])
+    flag("--compile", str, None, "blocks or whole model; not in the reference", **options)
     flag("--repeats", int, 7, "pairs measured")
     flag("--steps", int, 1, "calls per timing; GPU: 20 or more")
     flag("--threads", int, None, "CPU threads (default: torch's)")

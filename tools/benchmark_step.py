@@ -14,7 +14,7 @@ from util.build import find_factory
 from util.io.checkpoint_file import write_checkpoint
 from util.layers.attention import get_attention_backend
 from util.layers.masking import num_visible_and_predicted
-from util.layers.vit import compile_blocks
+from util.layers.vit import compile_model
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, autocast, build_adamw, choose_amp_dtype
 
@@ -27,7 +27,7 @@ def measure_step(args, device: torch.device, timer: Timer) -> dict:
     loss, _ = losses
     compile_s = None
     if args.compile:
-        compile_blocks(model)
+        compile_model(model, args.compile)
         compile_s = Timer(device, steps=1)(lambda: loss().backward())
         model.zero_grad(set_to_none=True)
     result = compare(*build_steps(model, losses, amp_dtype, device), timer, args.repeats)

@@ -1,16 +1,23 @@
-"""Write the demo's images: scikit-learn's bundled handwritten digits as PNG class folders.
+"""Write images to try this code on, as class folders of PNG files.
 
     python -m tools.demo_data OUT_DIR
+    python -m tools.demo_data OUT_DIR --set fashion-mnist --from DIR    (or --download)
 
-1,797 scans of the digits 0-9, 8x8 pixels with 17 gray levels, are part of the scikit-learn package
-(from the UCI "Optical Recognition of Handwritten Digits" set), so nothing is downloaded. Each is
-resized bicubically to a 32x32 RGB image. The split is fixed:
+digits (the default): 1,797 scans of the digits 0-9, 8x8 pixels with 17 gray levels, part of the
+scikit-learn package (from the UCI "Optical Recognition of Handwritten Digits" set), so nothing is
+downloaded. Each is resized bicubically to a 32x32 RGB image.
 
-    OUT_DIR/train/<digit>/digit_<index>.png     indices 0-1296 in scikit-learn's order
-    OUT_DIR/val/<digit>/...                     indices 1297-1796, 500 images
-    OUT_DIR/few/train/<digit>/...               `--labels_per_class` images of each class of
-                                                train, evenly spaced
-    OUT_DIR/few/val/<digit>/...                 the same images as OUT_DIR/val
+fashion-mnist: 60,000 + 10,000 gray photographs of clothes, 28x28 pixels, 10 classes (Zalando,
+arXiv 1708.07747, MIT license), from the four .gz files in DIR (in Debian and Ubuntu, the package
+dataset-fashion-mnist has them), or downloaded through torchvision.
+
+The split is fixed:
+
+    OUT_DIR/train/<class>/<name>_<index>.png    digits: indices 0-1296 in scikit-learn's order
+    OUT_DIR/val/<class>/...                     the others
+    OUT_DIR/few/train/<class>/...               `--labels_per_class` images of each class of
+                                                train, evenly spaced, or a random --draw
+    OUT_DIR/few/val/<class>/...                 the same images as OUT_DIR/val
 
 Both OUT_DIR (all labels) and OUT_DIR/few (few labels) are folders for --data_path. A second call
 with the same settings writes nothing; a folder with other content is refused.
@@ -18,7 +25,9 @@ with the same settings writes nothing; a folder with other content is refused.
 
 import argparse
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +35,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
+from tools.image_set import ImageSet, download_fashion_mnist, load_fashion_mnist
 from util.io.errors import UserError
+from util.run.checks import check_ranges
 from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
@@ -36,8 +47,8 @@ LABELS_PER_CLASS = 10
 RECORD = "demo_data.json"  # marks a folder as written by this tool
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The scans, uint8 (1797, 8, 8), and their labels, int (1797,)."""
+def load_digits() -> ImageSet:
+    """scikit-learn's scans, (1797, 8, 8)."""
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ModuleNotFoundError as error:
@@ -46,22 +57,30 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
             "run `pip install -r scripts/requirements-demo.txt`."
         ) from error
     digits = sklearn_digits()
-    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
+    scans = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    return ImageSet(scans, digits.target, list("0123456789"), NUM_TRAIN, "digit")
 
 
-def split_indices(labels: np.ndarray, labels_per_class: int) -> dict[str, list[int]]:
-    """{folder: indices of its scans}; see the module's docstring."""
-    train, val = range(NUM_TRAIN), range(NUM_TRAIN, len(labels))
-    few = []
-    for digit in np.unique(labels):
-        members = np.flatnonzero(labels[:NUM_TRAIN] == digit)
+def choose_few(data: ImageSet, labels_per_class: int, draw: int | None) -> list[int]:
+    """Indices of `labels_per_class` training images per class: evenly spaced, or a random draw.
+
+    Raises:
+        UserError: a class has fewer.
+    """
+    few, random = [], np.random.RandomState(draw)
+    for label, name in enumerate(data.class_names):
+        members = np.flatnonzero(data.labels[: data.num_train] == label)
         if not 1 <= labels_per_class <= len(members):
             raise UserError(
-                f"--labels_per_class {labels_per_class} is not possible: class {digit} has "
+                f"--labels_per_class {labels_per_class} is not possible: class {name} has "
                 f"{len(members)} training images."
             )
-        few += members[np.linspace(0, len(members) - 1, labels_per_class).astype(int)].tolist()
-    return {"train": list(train), "val": list(val), "few/train": few, "few/val": list(val)}
+        if draw is None:
+            chosen = members[np.linspace(0, len(members) - 1, labels_per_class).astype(int)]
+        else:
+            chosen = random.choice(members, labels_per_class, replace=False)
+        few += sorted(chosen.tolist())
+    return few
 
 
 def is_complete(out_dir: Path, settings: dict) -> bool:
@@ -90,48 +109,97 @@ def is_complete(out_dir: Path, settings: dict) -> bool:
     )
 
 
-def write_demo_data(out_dir: Path, labels_per_class: int = LABELS_PER_CLASS) -> dict[str, int]:
+def write_demo_data(
+    out_dir: Path,
+    labels_per_class: int = LABELS_PER_CLASS,
+    load=load_digits,
+    image_size: int | None = IMAGE_SIZE,
+    draw: int | None = None,
+) -> dict[str, int]:
     """Write the class folders below out_dir, unless they exist; returns {folder: image count}.
 
+    Args:
+        load: returns the ImageSet.
+        image_size: side to which images are resized, as RGB; None leaves them as they are, gray.
+        draw: of the few labels; None: evenly spaced.
+
     Raises:
-        UserError: out_dir has other content, a class is too small, or scikit-learn is missing.
+        UserError: out_dir has other content, a class is too small, or the images are missing.
     """
-    settings = {"image_size": IMAGE_SIZE, "labels_per_class": labels_per_class}
+    settings = {"image_size": image_size, "labels_per_class": labels_per_class}
+    settings |= {} if draw is None else {"draw": draw}
     record = out_dir / RECORD
     if is_complete(out_dir, settings):
         return json.loads(record.read_text())["images"]
 
-    scans, labels = load_digits()
-    split = split_indices(labels, labels_per_class)
+    data = load()
+    few = choose_few(data, labels_per_class, draw)
+    val = range(data.num_train, len(data.labels))
+    split = {"train": range(data.num_train), "val": val, "few/train": few, "few/val": val}
     counts = {folder: len(indices) for folder, indices in split.items()}
     state = {"settings": settings, "images": counts}
     out_dir.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(state | {"complete": False}) + "\n")
     for folder, indices in split.items():
         for index in indices:
-            path = out_dir / folder / str(labels[index]) / f"digit_{index:04d}.png"
+            name = f"{data.class_names[data.labels[index]]}/{data.name}_{index:04d}.png"
+            path = out_dir / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            img = Image.fromarray(scans[index])
-            img = img.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-            img.convert("RGB").save(path)
+            if folder.startswith("few"):
+                path.unlink(missing_ok=True)
+                os.link(out_dir / folder.removeprefix("few/") / name, path)
+            else:
+                write_image(data.images[index], path, image_size)
     record.write_text(json.dumps(state | {"complete": True}) + "\n")
     return counts
 
 
+def write_image(pixels: np.ndarray, path: Path, image_size: int | None) -> None:
+    """Write gray pixels (H, W), resized to a square RGB image unless image_size is None."""
+    img = Image.fromarray(pixels)
+    if image_size is not None:
+        img = img.resize((image_size, image_size), Image.Resampling.BICUBIC).convert("RGB")
+    img.save(path)
+
+
 def get_args_parser() -> FlagParser:
     text = (
-        "Write scikit-learn's handwritten digits as 32x32 PNG class folders: OUT_DIR/{train,val} "
-        "with all labels, OUT_DIR/few/{train,val} with few."
+        "Write scikit-learn's handwritten digits or Fashion-MNIST as PNG class folders: "
+        "OUT_DIR/{train,val} with all labels, OUT_DIR/few/{train,val} with few."
     )
     parser = FlagParser("python -m tools.demo_data", description=text)
-    add_flag(parser, "out_dir", Path, None, "folder to write to", metavar="OUT_DIR")
+    flag = partial(add_flag, parser)
+    flag("out_dir", Path, None, "folder to write to", metavar="OUT_DIR")
+    flag("--set", str, "digits", "which images", choices=["digits", "fashion-mnist"])
+    text = "fashion-mnist: folder with its four .gz files"
+    flag("--from", Path, None, text, dest="source", metavar="DIR")
+    flag("--download", bool, False, "fashion-mnist: download it (31 MB) instead")
     text = "training images per class in OUT_DIR/few"
-    add_flag(parser, "--labels_per_class", int, LABELS_PER_CLASS, text)
+    flag("--labels_per_class", int, LABELS_PER_CLASS, text)
+    text = "seed of a random choice of them (default: evenly spaced)"
+    flag("--draw", int, None, text, metavar="SEED")
     return parser
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that do not belong together."""
+    check_ranges(args, {"draw": "[0, 4294967295]"})
+    is_fashion = args.set == "fashion-mnist"
+    if (bool(args.source) + args.download) != is_fashion:
+        raise UserError(
+            "--set fashion-mnist needs --from DIR or --download, one of them."
+            if is_fashion
+            else "--from and --download belong to --set fashion-mnist: add it or leave them out."
+        )
+
+
 def main(args: argparse.Namespace) -> None:
-    counts = write_demo_data(args.out_dir, args.labels_per_class)
+    check_args(args)
+    options = dict(labels_per_class=args.labels_per_class, draw=args.draw)
+    if args.set == "fashion-mnist":
+        options["load"] = lambda: load_fashion_mnist(args.source or download_fashion_mnist())
+        options["image_size"] = None
+    counts = write_demo_data(args.out_dir, **options)
     for folder, count in counts.items():
         print(f"{count:5d} images in {args.out_dir / folder}")
 

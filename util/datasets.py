@@ -16,6 +16,7 @@ from util.data.shards import ShardSamples
 from util.data.sources import evenly_spaced, list_pretrain_images
 from util.data.stats import MODE_16_BIT, ImageStats, inspect, levels_note
 from util.data.transforms import (
+    CROP_SCALE,
     FastPretrainTransform,
     build_array_transform,
     build_pretrain_transform,
@@ -91,7 +92,8 @@ def build_pretrain_dataset(args) -> ImageDataset:
     are_tensors = prepare_reading(samples, args)
     # Pillow weighs colors by alpha when it resizes RGBA, which the fast path does not.
     if args.loader == "fast" and args.in_chans in (1, 3) and not are_tensors:
-        transform, read = FastPretrainTransform(args.input_size), read_image
+        scale = getattr(args, "crop_scale", CROP_SCALE)
+        transform, read = FastPretrainTransform(args.input_size, scale), read_image
     else:
         transform, read = build_pretrain_transform(args), open_image
     read = partial(read, in_chans=args.in_chans)

@@ -106,6 +106,8 @@ class DeviceLoader:
     def __init__(self, loader: DataLoader, device: torch.device, mean, std):
         self.loader = loader
         self.device = device
+        # its own, so that a copy does not queue behind the steps that are still running
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.mean, self.std = (
             torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std)
         )
@@ -123,8 +125,19 @@ class DeviceLoader:
 
     def prepare(self, imgs: Tensor) -> Tensor:
         """Images of the dataset (B, C, H, W) as the model takes them, on the device."""
-        imgs = imgs.to(self.device, non_blocking=True)
+        imgs = self.copy(imgs)
         return normalize(imgs, self.mean, self.std) if imgs.dtype == torch.uint8 else imgs
+
+    def copy(self, x: Tensor) -> Tensor:
+        """x on the device, for the current stream."""
+        if self.copy_stream is None:
+            return x.to(self.device)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.copy_stream):
+            x = x.to(self.device, non_blocking=True)
+        current.wait_stream(self.copy_stream)
+        x.record_stream(current)  # its memory is not reused before the step has run
+        return x
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         replaced = []
@@ -135,7 +148,7 @@ class DeviceLoader:
             imgs, labels, *more = batch
             replaced += [index for ids in more for index in ids.tolist() if index >= 0]
             self.num_replaced = len(replaced)
-            yield self.prepare(imgs), labels.to(self.device, non_blocking=True)
+            yield self.prepare(imgs), self.copy(labels)
         if replaced:
             self.report_replaced(replaced)
 

@@ -14,6 +14,7 @@ from torchvision.transforms import functional as TF
 
 from util.io.errors import UserError
 
+CROP_SCALE = (0.2, 1.0)  # fractions of the area that pre-training crops, as published
 BICUBIC = T.InterpolationMode.BICUBIC
 CROP_RATIO = 0.875  # center crop to resized short side, up to 224 pixels
 
@@ -21,10 +22,11 @@ CROP_RATIO = 0.875  # center crop to resized short side, up to 224 pixels
 def build_pretrain_transform(args):
     """Pipeline of the pre-training recipe, output of open_image -> normalized (C, H, W).
 
-    Random crop of 20-100 % of the area with an aspect ratio of 3/4 to 4/3, resized bicubically;
-    random horizontal flip.
+    Random crop of 20-100 % of the area (args.crop_scale) with an aspect ratio of 3/4 to 4/3,
+    resized bicubically; random horizontal flip.
     """
-    crop = T.RandomResizedCrop(args.input_size, scale=(0.2, 1.0), interpolation=BICUBIC)
+    scale = getattr(args, "crop_scale", CROP_SCALE)
+    crop = T.RandomResizedCrop(args.input_size, scale=scale, interpolation=BICUBIC)
     return T.Compose([crop, T.RandomHorizontalFlip(), to_float, T.Normalize(args.mean, args.std)])
 
 
@@ -47,8 +49,8 @@ class FastPretrainTransform:
     Draws the same random numbers in the same order as the recipe's pipeline.
     """
 
-    def __init__(self, input_size: int | tuple[int, int]):
-        self.crop = T.RandomResizedCrop(input_size, scale=(0.2, 1.0))
+    def __init__(self, input_size: int | tuple[int, int], scale=CROP_SCALE):
+        self.crop = T.RandomResizedCrop(input_size, scale=scale)
 
     def __call__(self, img: Tensor) -> Tensor:
         top, left, height, width = self.crop.get_params(img, self.crop.scale, self.crop.ratio)

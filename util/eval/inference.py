@@ -34,7 +34,7 @@ def add_inference_flags(parser, batch_size: int = 64) -> None:
     flag("--batch_size", int, batch_size, "images per forward pass")
     flag("--num_workers", int, DEFAULT_WORKERS, "DataLoader workers (default: %(default)s here)")
     flag("--device", str, None, "cuda or cpu (default: cuda if available)")
-    text = "autocast dtype; off is float32, for reproducible outputs"
+    text = "autocast dtype; off is float32 without TF32, for reproducible outputs"
     flag("--amp", str, "off", text, choices=["auto", *AMP_TYPES])
 
 

@@ -6,7 +6,7 @@ H heads, d = D / H head width. Parameter names are those of the published checkp
 
 from functools import partial
 
-from timm.layers import DropPath
+import torch
 from torch import Tensor, nn
 
 from util.io.errors import UserError
@@ -49,6 +49,31 @@ class PatchEmbed(nn.Module):
             return self.proj(imgs).flatten(2).transpose(1, 2)
         patches = gather_patches(imgs, ids, self.patch_size).flatten(2)
         return nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, zero a branch for some of the images.
+
+    The others are scaled by 1 / (1 - drop_prob), so that the mean stays the same.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+        # A number would be compiled in, and every block then needs a program of its own. Not a
+        # buffer, which DDP would broadcast in every step.
+        self.keep_prob = torch.tensor(1 - drop_prob, device="cpu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        if not self.training:
+            return x
+        if torch.compiler.is_compiling():
+            kept = torch.rand(len(x), 1, 1, device=x.device) < self.keep_prob
+            return x * (kept / self.keep_prob).to(x.dtype)
+        keep_prob = 1 - self.drop_prob
+        kept = x.new_empty(len(x), 1, 1).bernoulli_(keep_prob)
+        return x * kept.div_(keep_prob)
 
 
 class Mlp(nn.Module):

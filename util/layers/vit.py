@@ -219,11 +219,19 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def compile_blocks(model: nn.Module, **options) -> None:
-    """torch.compile every transformer block in place; options go to torch.compile.
+def compile_model(model: nn.Module, what: str = "blocks", **options) -> None:
+    """torch.compile every transformer block, or the whole model, in place.
 
     Blocks of one kind share one compiled program, and names in the state dict stay the same.
+
+    Args:
+        what: "blocks", or "whole": one program, without a part that is not compiled.
+        options: of torch.compile.
     """
+    torch._dynamo.config.optimize_ddp = False  # it would split programs at DDP's buckets
+    if what == "whole":
+        model.compile(fullgraph=True, **options)
+        return
     for module in model.modules():
         if isinstance(module, Block | CrossAttentionBlock):
             module.compile(**options)

@@ -1,6 +1,7 @@
 """Checks of flags that need no data: ranges, and combinations that cannot act."""
 
 import argparse
+import importlib.util
 import logging
 import os
 from collections.abc import Iterable
@@ -92,6 +93,14 @@ def check_shared(args: argparse.Namespace) -> None:
             (
                 not args.data_path,
                 "--data_path is empty (an unset variable?); name the folder of the data.",
+            ),
+            (
+                bool(args.wandb) and importlib.util.find_spec("wandb") is None,
+                "--wandb needs an optional package: pip install wandb",
+            ),
+            (
+                bool(args.wandb and not args.output_dir),
+                "--wandb keeps its files in the output folder: give --output_dir.",
             ),
             (
                 bool(getattr(args, "shard_cache", None))

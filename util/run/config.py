@@ -65,9 +65,9 @@ def to_words(parser: argparse.ArgumentParser, name: str, value) -> list[str]:
     flag, action = f"--{name}", parser._option_string_actions[f"--{name}"]
     if value is None or value == "null":
         return []
-    if action.nargs == 0:
-        if str(value).lower() not in SWITCHES:
-            raise ValueError(f"{name} is a switch, true or false, not {value!r}")
+    if action.nargs == 0 and str(value).lower() not in SWITCHES:
+        raise ValueError(f"{name} is a switch, true or false, not {value!r}")
+    if action.nargs in (0, "?") and str(value).lower() in SWITCHES:  # "?": --compile
         return [flag] if SWITCHES[str(value).lower()] else []
     values = value if isinstance(value, list) else [value]
     if isinstance(value, dict) or not all(isinstance(x, str) for x in values):

@@ -77,8 +77,12 @@ def add_model_flags(flag) -> None:
         "all, LayerNorm too"
     )
     flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
-    text = "torch.compile every transformer block; the first step then takes minutes"
-    flag("--compile", bool, False, text)
+    text = (
+        "torch.compile every transformer block (blocks, the default of a bare --compile) or all of "
+        "the model (whole); the first step then takes minutes"
+    )
+    options = dict(nargs="?", const="blocks", choices=["blocks", "whole"])
+    flag("--compile", str, None, text, **options)
 
 
 def add_optim_flags(flag) -> None:
@@ -130,6 +134,8 @@ def add_run_flags(flag) -> None:
     text = "checkpoints, log.txt and TensorBoard files; '' writes nothing"
     flag("--output_dir", str, "./output_dir", text)
     flag("--log_dir", str, None, "TensorBoard folder (default: output_dir)")
+    text = "also log to this project of Weights & Biases (pip install wandb)"
+    flag("--wandb", str, "", text, metavar="PROJECT")
     flag("--device", str, None, "cuda or cpu (default: cuda if available)")
     flag("--seed", int, 0, "the rank is added")
     text = "checkpoint to resume from: a file, an https:// or hf:// URL, or `auto` for the newest "

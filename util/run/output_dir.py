@@ -129,7 +129,7 @@ def remove_old_checkpoints(folder: Path, keep_last: int, epoch: int) -> None:
     names = [p.stem.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*.pth")]
     epochs = sorted(int(name) for name in names if name.isdecimal() and int(name) <= epoch)
     for old in epochs[:-keep_last] if keep_last else []:
-        (folder / f"checkpoint-{old}.pth").unlink(missing_ok=True)
+        (folder / f"checkpoint-{old}.pth").unlink()
 
 
 def clear_output_dir(args: argparse.Namespace, epoch: int) -> None:

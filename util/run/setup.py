@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import logging
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from util.io.checkpoint_file import plain_args
 from util.io.errors import UserError
 from util.rng import seed_all
 from util.run.launch import start_logging
+from util.run.wandb_log import WandbWriter
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def set_lr(args, scale: float = 1.0, scale_text: str = "") -> str:
 
 @contextlib.contextmanager
 def tensorboard_writer(args, state, num_iterations: int):
-    """TensorBoard writer on rank 0, None elsewhere and without a log folder.
+    """TensorBoard writer on rank 0, with --wandb one for both; None elsewhere, or without a folder.
 
     Points that an interrupted run wrote after the position of `state` are purged.
 
@@ -68,6 +70,8 @@ def tensorboard_writer(args, state, num_iterations: int):
         flags = {name: v if isinstance(v, int | float) else str(v) for name, v in flags}
         for summary in hparams(flags, {"train_loss": 0.0})[:2]:
             writer.file_writer.add_summary(summary)
+    if args.wandb:
+        writer = WandbWriter(writer, args, is_resumed=bool(step))
     try:
         yield writer
     finally:
@@ -111,12 +115,25 @@ def training_time(args, state):
     logger.info("Training time %s", datetime.timedelta(seconds=int(time.time() - start)))
 
 
+def describe_fallbacks() -> str:
+    """Why torch.compile left code of this process uncompiled, in words; empty if it did not."""
+    if "torch._dynamo" not in sys.modules:  # imported by the first compilation
+        return ""
+    counters = torch._dynamo.utils.counters
+    reasons = [*counters["unimplemented"], *counters["graph_break"]]
+    return "; ".join(dict.fromkeys(reason.splitlines()[0] for reason in reasons))
+
+
 def log_epoch(args, stats: dict, name: str = "log.txt") -> None:
-    """Append one JSON line to log.txt, or to another file of the output folder, on rank 0.
+    """Append one JSON line to log.txt, or to another file of the output folder, on rank 0;
+    warn if compiled code fell back.
 
     Raises:
         UserError: it cannot be written.
     """
+    fallbacks = describe_fallbacks()
+    if fallbacks:
+        logger.warning("--compile: parts of the model run uncompiled: %s", fallbacks)
     if args.rank == 0 and args.output_dir:
         path = Path(args.output_dir, name)
         try:

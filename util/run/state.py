@@ -12,7 +12,13 @@ import numpy as np
 import torch
 
 from util.checkpoint import load_model, load_strict, save_model, with_ema_weights
-from util.distributed import all_gather_objects, all_reduce_max, get_rank, is_main_process
+from util.distributed import (
+    all_gather_objects,
+    all_reduce_max,
+    get_rank,
+    get_world_size,
+    is_main_process,
+)
 from util.io.errors import CheckpointError, UserError
 from util.rng import get_random_state, set_random_state
 from util.run import signals
@@ -21,7 +27,6 @@ from util.run.setup import flush
 
 logger = logging.getLogger(__name__)
 
-CHECK_EVERY = 20  # optimizer steps between checks of signals and clock on a GPU: each one syncs
 ORDER_FLAGS = ("world_size", "batch_size", "accum_iter", "seed")  # decide the order of images
 STATE_KEYS = {*ORDER_FLAGS, "iteration", "meters", "best", "random"}
 
@@ -183,11 +188,10 @@ class RunState:
         self.writer = log.writer
         if self.ema is not None:
             self.ema.update(self.model)
-        if args.device.type == "cuda" and iteration // args.accum_iter % CHECK_EVERY:
-            return
-        minutes = (time.monotonic() - self.last_save) / 60
-        is_due = is_main_process() and 0 < args.save_every_minutes <= minutes
-        is_due, is_stopping = all_reduce_max([is_due, signals.stop_requested()], args.device)
+        if get_world_size() == 1:
+            is_due, is_stopping = self.requests()
+        else:
+            is_due, is_stopping = log.take_requests()
         if not (is_due or is_stopping):
             return
         log.read()  # no step is saved whose loss was not checked
@@ -199,6 +203,12 @@ class RunState:
             logger.info("Saved at epoch %d, iteration %d", self.epoch, iteration)
         if is_stopping:
             self.stop()
+
+    def requests(self) -> tuple[bool, bool]:
+        """Whether this rank wants the run saved (--save_every_minutes), and stopped (signals)."""
+        minutes = (time.monotonic() - self.last_save) / 60
+        is_due = is_main_process() and 0 < self.args.save_every_minutes <= minutes
+        return is_due, signals.stop_requested()
 
     def end_epoch(self, accuracy: float | None = None) -> None:
         """Advance to the next epoch, and write what is due.

@@ -4,6 +4,8 @@ A step never waits for the device: losses and gradient norms stay there and are 
 few iterations. All ranks read at the same iterations, so they also stop at the same one.
 """
 
+import contextlib
+import gc
 import logging
 import math
 import time
@@ -50,12 +52,13 @@ class TrainLog:
         self.last_saved = state.last_saved if state is not None else ""
         is_first_epoch = state is not None and state.is_first_epoch
         self.times_first_step = getattr(args, "compile", False) and is_first_epoch
+        self.state = state
+        self.save_requested = self.stop_requested = False  # by any rank, at the last reads
         self.skipped = 0
         self.in_bad_step = False  # an iteration of the accumulated step was not finite
         self.unread: list[tuple[int, float, Tensor, Tensor | None]] = []
         self.metrics = MetricLogger()
         self.metrics.add_meter("lr", SmoothedValue(1, "{value:.6f}"))
-        self.metrics.add_meter("loss", SmoothedValue())
         if state is not None:
             self.skipped = state.restore_meters(self.metrics)
 
@@ -63,14 +66,17 @@ class TrainLog:
         """Yield (iteration, batch) for the rest of the epoch, and log progress lines."""
         first, header = self.first_iteration, f"Epoch: [{self.epoch}]"
         batches = self.metrics.log_every(self.data_loader, PRINT_FREQ, header, first, self.read)
-        for iteration, batch in batches:
-            start = time.perf_counter()
-            if self.replay:
-                self.replay.before(self.epoch, iteration, batch[0])
-            yield iteration, batch
-            if self.times_first_step and iteration == first:
-                seconds = time.perf_counter() - start
-                logger.info("First step: %.1f s, most of it for --compile", seconds)
+        with collect_garbage_rarely() as collect:
+            for iteration, batch in batches:
+                start = time.perf_counter()
+                if self.replay:
+                    self.replay.before(self.epoch, iteration, batch[0])
+                yield iteration, batch
+                if self.times_first_step and iteration == first:
+                    seconds = time.perf_counter() - start
+                    logger.info("First step: %.1f s, most of it for --compile", seconds)
+                if (iteration + 1) % PRINT_FREQ == 0:
+                    collect()
 
     def add(self, iteration: int, optimizer, loss: Tensor, grad_norm: Tensor | None) -> None:
         """Note one iteration; grad_norm is given where the optimizer took a step."""
@@ -89,12 +95,26 @@ class TrainLog:
         """
         if not self.unread:
             return
-        losses = torch.stack([loss.float() for _, _, loss, _ in self.unread])
-        losses = (all_reduce_sum(losses) / get_world_size()).tolist()
+        values = torch.stack([loss.float() for _, _, loss, _ in self.unread])
+        if get_world_size() > 1:
+            requests = self.state.requests() if self.state is not None else (False, False)
+            own = torch.tensor(requests, dtype=torch.float32).to(values.device, non_blocking=True)
+            values = all_reduce_sum(torch.cat([values, own])) / get_world_size()
+            *losses, save, stop = values.tolist()
+            self.save_requested |= save > 0
+            self.stop_requested |= stop > 0
+        else:
+            losses = values.tolist()
         norms = to_floats([norm for *_, norm in self.unread])
         for (iteration, lr, own, _), loss, norm in zip(self.unread, losses, norms, strict=True):
             self.read_one(iteration, lr, loss, norm, own)
         self.unread.clear()
+
+    def take_requests(self) -> tuple[bool, bool]:
+        """Whether any rank asked to save, and to stop, at a read since the last call."""
+        requests = self.save_requested, self.stop_requested
+        self.save_requested = self.stop_requested = False
+        return requests
 
     def read_one(self, iteration: int, lr: float, loss: float, norm, own_loss: Tensor) -> None:
         """Note one iteration: mean loss over the ranks, gradient norm or None, this rank's loss."""
@@ -186,6 +206,21 @@ class TrainLog:
             return {}
         count = torch.tensor(float(self.data_loader.num_replaced), device=self.data_loader.device)
         return {"replaced": int(all_reduce_sum(count))}
+
+
+@contextlib.contextmanager
+def collect_garbage_rarely():
+    """Yield a function that collects garbage; Python itself does not while the context lasts.
+
+    It would do so at different steps on each rank, and all would wait for each of them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def to_floats(values: list[Tensor | None]) -> list[float | None]:
