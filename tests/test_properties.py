@@ -141,6 +141,7 @@ ARGS = Namespace(
     **dict(model="mae_vit_mini_patch4", cross_mae=True, weight_fm=True, use_input=True),
     **dict(use_fm=[-1], self_attn=False, norm_pix_loss=False, input_size=16, patch_size=8),
     **dict(in_chans=1, decoder_depth=1, decoder_embed_dim=32, grad_checkpointing=False),
+    recompute="none",
     **dict(mean=[0.5], std=[0.5], mask_ratio=0.75, kept_mask_ratio=0.25, resume=""),
 )
 JUNK = [None, -7, "x", 0.5, math.nan, 10**30, [], {}, [1, "a"], {"a": {}}, True, b"\0"]
