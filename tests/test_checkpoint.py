@@ -4,16 +4,19 @@ import argparse
 import http.server
 import io
 import json
+import logging
 import os
 import pathlib
 import pickle
 import shutil
+import socket
 import ssl
 import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import urllib.request
 import zipfile
 from functools import partial
 
@@ -493,6 +496,20 @@ class Hub(Server):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
+
+
+def test_hub_without_a_network(monkeypatch, caplog):
+    """One line at once, where the Hub's own client retries for half a minute and logs each time."""
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+
+    def fail(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    caplog.set_level(logging.INFO)
+    with pytest.raises(UserError, match="Could not download hf://own/nothing/x.pth"):
+        download.fetch("hf://own/nothing/x.pth")
+    assert caplog.messages == ["Looking for hf://own/nothing/x.pth"]
 
 
 def test_hub_download(tmp_path):

@@ -14,6 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tools import visualize
 from util.io.errors import CheckpointError, UserError
 from util.layers.patchify import patchify
+from util.layers.vit import compile_model
 from util.vis.attention_maps import (
     COLORS,
     attention_weights,
@@ -738,6 +739,28 @@ def test_image_log(build):
     assert [step for step, _ in writer.images["attention"]] == [999, 2999, 40999]
     expected = figure_to_array(draw_attention(model, log.imgs[:1], args))
     assert np.array_equal(writer.images["attention"][0][1], expected)
+
+
+def test_image_log_of_compiled_blocks(build, caplog):
+    """Hooks do not run in compiled blocks: they are drawn uncompiled, and stay compiled."""
+    plain, model = build(), build()
+    compile_model(model, backend="eager")
+    writer, loader, args = FakeWriter(), FakeLoader(), options_of(log_images=3, epochs=41)
+    model(normalize(loader.dataset.pixels[:2]))
+    ImageLog(args, writer, loader).show(model, 0)
+    assert "failed" not in caplog.text
+    log = ImageLog(args, FakeWriter(), loader)
+    expected = figure_to_array(draw_attention(plain, log.imgs[:1], args))
+    assert np.array_equal(writer.images["attention"][0][1], expected)
+    assert all(block._compiled_call_impl for block in model.blocks)
+
+
+def test_a_failing_figure_is_a_warning(build, monkeypatch, caplog):
+    writer, args = FakeWriter(), options_of(log_images=3, epochs=41)
+    log = ImageLog(args, writer, FakeLoader())
+    monkeypatch.setattr(log, "draw", lambda model: 1 / 0)
+    log.show(build(), 0)
+    assert "--log_images failed, training continues" in caplog.text and not writer.images
 
 
 def has_weights(model) -> str:
