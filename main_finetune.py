@@ -6,15 +6,11 @@ torchrun --nproc_per_node=4 main_finetune.py --finetune output/pretrain/checkpoi
 import argparse
 import logging
 
-import torch
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from engine_finetune import evaluate, train_one_epoch
-from util.build import build_classifier
-from util.checkpoint import load_model, load_pretrained, with_ema_weights
+from util.build import build_classifier, build_criterion
+from util.checkpoint import load_model, load_pretrained
 from util.data.checks import (
     check_augmentation,
     check_classes,
@@ -34,12 +30,12 @@ from util.layers.vit import compile_model
 from util.lr_decay import param_groups_lrd
 from util.optim import NativeScalerWithGradNormCount, build_adamw, build_lars, choose_amp_dtype
 from util.run.checks import adopt_input, set_mean_std
+from util.run.ema import with_ema_weights
 from util.run.finetune_flags import (
     LINEAR_PROBE,
     add_finetune_flags,
     check_cutmix,
     check_flags,
-    is_mixing,
 )
 from util.run.flags import FlagParser, parse_flags, shared_parser
 from util.run.launch import launch
@@ -85,32 +81,6 @@ def check_args(args) -> None:
         UserError: with the flag and the remedy.
     """
     check_flags(args, get_args_parser())
-
-
-def build_criterion(args, labels: list[int]):
-    """(loss, mixup function or None); with mixup, label smoothing goes into the mixed targets.
-
-    Args:
-        labels: class index of every training image.
-    """
-    if is_mixing(args):
-        logger.info("Mixup is activated!")
-        mixup_fn = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=args.nb_classes,
-        )
-        return SoftTargetCrossEntropy(), mixup_fn
-    weight = None
-    if args.class_weights == "balanced":
-        counts = torch.bincount(torch.tensor(labels), minlength=args.nb_classes)
-        weight = (len(labels) / (args.nb_classes * counts)).to(args.device)
-    return nn.CrossEntropyLoss(weight, label_smoothing=args.smoothing), None
 
 
 def build_optimizer(args, model):

@@ -1,18 +1,25 @@
-"""From flags, or from the arguments inside a checkpoint, to a model."""
+"""From flags, or from the arguments inside a checkpoint, to a model; from flags to a loss."""
 
 import argparse
+import logging
 from pathlib import Path
 
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 
 import models_cross
 import models_mae
 import models_vit
-from util.checkpoint import load_strict, with_ema_weights
+from util.checkpoint import load_strict
 from util.io.checkpoint_file import checkpoint_type, read_checkpoint, weights_of
 from util.io.errors import CheckpointError, UserError
 from util.layers.masking import num_visible_and_predicted
 from util.run.checks import set_mean_std
+from util.run.ema import with_ema_weights
+
+logger = logging.getLogger(__name__)
 
 SHARED_DEFAULTS = dict(
     input_size=224, patch_size=None, in_chans=3, mean=None, std=None, grad_checkpointing=False
@@ -64,6 +71,32 @@ def build_classifier(args, attention_backend=None) -> nn.Module:
         global_pool=args.global_pool,
     )
     return build(find_factory(models_vit, "vit_", args.model), args, options, attention_backend)
+
+
+def build_criterion(args, labels: list[int]):
+    """(loss, mixup function or None); with mixup, label smoothing goes into the mixed targets.
+
+    Args:
+        labels: class index of every training image.
+    """
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+        logger.info("Mixup is activated!")
+        mixup_fn = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=args.nb_classes,
+        )
+        return SoftTargetCrossEntropy(), mixup_fn
+    weight = None
+    if args.class_weights == "balanced":
+        counts = torch.bincount(torch.tensor(labels), minlength=args.nb_classes)
+        weight = (len(labels) / (args.nb_classes * counts)).to(args.device)
+    return nn.CrossEntropyLoss(weight, label_smoothing=args.smoothing), None
 
 
 def build(factory, args, options: dict, attention_backend) -> nn.Module:

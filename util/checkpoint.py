@@ -145,19 +145,6 @@ def init_from(model: nn.Module, source: str) -> None:
     )
 
 
-def with_ema_weights(checkpoint: dict, source: str) -> dict:
-    """The checkpoint with the moving average of --model_ema as its weights.
-
-    Raises:
-        CheckpointError: it has none.
-    """
-    if "model_ema" not in checkpoint:
-        raise CheckpointError(
-            f"{source} holds no average of the weights; leave --model_ema out, or train with it."
-        )
-    return {**checkpoint, "model": checkpoint["model_ema"]}
-
-
 def load_strict(
     model: nn.Module, weights: dict[str, Tensor], source: str, trained_with: str = ""
 ) -> None:

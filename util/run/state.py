@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from util.checkpoint import load_model, load_strict, save_model, with_ema_weights
+from util.checkpoint import load_model, save_model
 from util.distributed import (
     all_gather_objects,
     all_reduce_max,
@@ -22,6 +22,7 @@ from util.distributed import (
 from util.io.errors import CheckpointError, UserError
 from util.rng import get_random_state, set_random_state
 from util.run import signals
+from util.run.ema import restore_ema
 from util.run.output_dir import remove_old_checkpoints
 from util.run.setup import flush
 
@@ -70,7 +71,7 @@ class RunState:
                 self.args, self.model, self.optimizer, self.loss_scaler, checkpoint
             )
             self.epoch = self.args.start_epoch
-            self.restore_ema(checkpoint)
+            restore_ema(self.ema, self.model, checkpoint, self.args.resume)
             if "optimizer" in checkpoint:
                 self.restore_position(checkpoint.get("state"))
             else:
@@ -80,18 +81,6 @@ class RunState:
                 )
             self.last_saved = self.describe(self.args.resume)
         self.check_agreement()
-
-    def restore_ema(self, checkpoint: dict) -> None:
-        """Continue the moving average of a checkpoint."""
-        source = self.args.resume
-        if self.ema is None:
-            if "model_ema" in checkpoint:
-                logger.warning("The average in %s ends here: --model_ema is not given", source)
-        elif "model_ema" in checkpoint:
-            load_strict(self.ema.module, with_ema_weights(checkpoint, source)["model"], source)
-        else:
-            self.ema.set(self.model)
-            logger.warning("%s holds no average: it starts from its weights", source)
 
     def describe(self, path: str | Path) -> str:
         """A checkpoint of the current position, in words."""
