@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools import benchmark
 from tools.measure import Timer, compare, count_flops, peak_memory
 from tools.traffic import Traffic
 
@@ -86,21 +87,11 @@ def test_roofline_takes_the_longer_of_flops_and_bytes():
 
 
 @pytest.mark.parametrize("flags", [[], ["--mae"], ["--amp", "off", "--recompute", "all"]])
-def test_traffic_of_a_step(flags):
+def test_traffic_of_a_step(flags, capsys):
     """No more bytes outside products, and no more kept, than by the reference implementation."""
-    command = [
-        sys.executable,
-        "-m",
-        "tools.benchmark",
-        "--what",
-        "traffic",
-        *TINY.split(),
-        "--json",
-    ]
-    command += ["--batch_size", "256", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    flags = ["--what", "traffic", *TINY.split(), "--json", "--batch_size", "256", *flags]
+    benchmark.main(benchmark.get_args_parser().parse_args(flags))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0.3 < result["ratio_outside_matmul"] < 1 and 0.3 < result["ratio_kept"] < 1
     assert result["gb_in_matmul"] == pytest.approx(result["gb_in_matmul_textbook"], rel=0.1)
     assert result["estimate: ratio, H100 SXM"] > 1

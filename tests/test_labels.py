@@ -2,14 +2,12 @@
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import FINETUNE, ROOT, fork_server, read_log, small_images
+from processes import FINETUNE, fork_server, read_log, small_images
 
 from tools import extract, knn
 from util.data.labels import find_labels, list_labeled
@@ -99,21 +97,18 @@ def test_fine_tuning_and_evaluation_equal_those_on_folders(folders, tmp_path):
     assert reports[0] == reports[1] == reports[2]
 
 
-def test_knn_of_a_checkpoint(folders, tmp_path):
-    """The command line gives the same results."""
+def test_knn_of_a_checkpoint(folders, tmp_path, capsys):
+    """The command gives the same results."""
     flags = ["--data_path", folders["plain"], "--output_dir", tmp_path, "--log_dir", ""]
     flags += ["--epochs", "1", "--warmup_epochs", "0"]
     run = fork_server.start([*FINETUNE, *flags], tmp_path / "out")
     assert run.wait(120) == 0, run.text()
     results = []
     for data in (folders["plain"], folders["cls"]):
-        command = [sys.executable, "-m", "tools.knn", "--checkpoint", tmp_path / "checkpoint.pth"]
-        command += ["--data_path", data, "--k", "1", "5", "--num_workers", "0", "--json"]
-        done = subprocess.run(
-            list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout.splitlines()[-1])["knn"])
+        flags = ["--checkpoint", tmp_path / "checkpoint.pth", "--data_path", data, "--k", "1", "5"]
+        flags += ["--num_workers", "0", "--json", "--device", "cpu"]
+        knn.main(knn.get_args_parser().parse_args(list(map(str, flags))))
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1])["knn"])
     assert results[0] == results[1]
 
 
