@@ -4,15 +4,16 @@
 
 Draws places in the source files at random and changes one at a time: a comparison, an operator, a
 number, a condition is turned around, or a call is left out. The tests of that file then run until
-the first one fails: the test file with its name, and those that import it. A fault that none
-notices is printed as SURVIVED; not all are real faults (an equal result, a default that nobody
-uses, the place of a label), so judge each.
+the first one fails: the test file with its name, then those that import it directly or through
+another file. A fault that none notices is printed as SURVIVED; not all are real faults (an equal
+result, a default that nobody uses, the place of a label), so judge each.
 
 Works in clones of the last commit; the libraries are imported once and every fault gets a fork.
 """
 
 import argparse
 import ast
+import functools
 import json
 import os
 import random
@@ -94,17 +95,35 @@ def find_faults(file: str) -> list[Fault]:
     return faults
 
 
+@functools.cache
 def tests_of(file: str) -> list[str]:
-    """Test files of a source file: the one with its name, then those that import it."""
-    module = file.removesuffix(".py").replace("/", ".")
+    """Test files of a source file: the one with its name, those that import it, and those that
+    import a source file which imports it.
+    """
+    tests = sorted((ROOT / "tests").glob("test_*.py"), key=lambda test: test.stat().st_size)
+    own = [test for test in tests if test.stem == f"test_{Path(file).stem}"]
+    users = [ROOT / other for other in list_sources() if imports(ROOT / other, file)]
+    direct = [test for test in tests if imports(test, file)]
+    indirect = [test for test in tests for user in users if imports(test, user.relative_to(ROOT))]
+    found = dict.fromkeys([*own, *direct, *indirect])
+    return [f"tests/{test.name}" for test in found][:MAX_TEST_FILES]
+
+
+@functools.cache
+def list_sources() -> list[str]:
+    found = [path.relative_to(ROOT) for pattern in SOURCES for path in ROOT.glob(pattern)]
+    return sorted(map(str, dict.fromkeys(found)))
+
+
+@functools.cache
+def imports(path: Path, file: str | Path) -> bool:
+    """Whether a Python file imports a source file."""
+    module = str(file).removesuffix(".py").replace("/", ".")
     package, _, name = module.rpartition(".")
-    imports = rf"(from {re.escape(module)} import|import {re.escape(module)}\b"
+    pattern = rf"from {re.escape(module)} import|import {re.escape(module)}\b"
     if package:
-        imports += rf"|from {re.escape(package)} import [^\n]*\b{name}\b"
-    tests = sorted((ROOT / "tests").glob("test_*.py"))
-    found = [t for t in tests if re.search(imports + ")", t.read_text())]
-    found.sort(key=lambda t: (t.stem != f"test_{name}", t.stat().st_size))
-    return [f"tests/{t.name}" for t in found[:MAX_TEST_FILES]]
+        pattern += rf"|from {re.escape(package)} import [^\n]*\b{name}\b"
+    return re.search(pattern, path.read_text()) is not None
 
 
 def run_tests(copy: str, tests: list[str]) -> None:
@@ -155,8 +174,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     for library in LIBRARIES:
         __import__(library)
-    found = sorted(str(p.relative_to(ROOT)) for pattern in SOURCES for p in ROOT.glob(pattern))
-    files = args.files or [f for f in dict.fromkeys(found) if tests_of(f)]
+    files = args.files or [file for file in list_sources() if tests_of(file)]
     faults = [fault for file in files for fault in find_faults(file)]
     chosen = random.Random(args.seed).sample(faults, min(args.count, len(faults)))
     print(f"{len(faults)} places in {len(files)} files, {len(chosen)} drawn with seed {args.seed}")
