@@ -357,7 +357,9 @@ def test_write_checkpoint_replaces_files(tmp_path):
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; /elsewhere redirects to http, /short drops the connection."""
+    """Serves a folder; /elsewhere redirects to http, /short drops the connection, /unsized/NAME
+    sends a file without its size.
+    """
 
     def do_GET(self):
         if self.path.startswith("/elsewhere"):
@@ -369,6 +371,10 @@ class Server(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(b"only this")
+        elif self.path.startswith("/unsized"):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(pathlib.Path(self.directory, self.path.split("/")[2]).read_bytes())
         else:
             super().do_GET()
 
@@ -413,9 +419,11 @@ def test_download_is_cached(site, tmp_path, capfd):
     assert read_checkpoint(f"{url}/a/checkpoint.pth?download=true")["class_names"] == ["a"]
     assert read_checkpoint(f"{url}/b/checkpoint.pth")["class_names"] == ["b"]
     assert "100%" in capfd.readouterr().err
+    shutil.copy(folder / "a/checkpoint.pth", folder / "c.pth")
+    assert read_checkpoint(f"{url}/unsized/c.pth")["class_names"] == ["a"]
     shutil.rmtree(folder)
     assert read_checkpoint(f"{url}/b/checkpoint.pth")["class_names"] == ["b"]
-    assert len(cached_files(tmp_path)) == 2
+    assert len(cached_files(tmp_path)) == 3
 
 
 def test_download_hash_is_verified(site, tmp_path):
