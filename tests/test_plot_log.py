@@ -133,8 +133,10 @@ def test_panels_have_one_size_and_do_not_overlap(num_panels, columns, rows):
 
 def test_runs_of_more_than_all_colors_differ():
     curves = {f"run {i}": [(0, i), (1, i)] for i in range(25)}
-    lines = plot_log.draw_curves({("x", ""): curves}).axes[0].lines
+    figure = plot_log.draw_curves({("x", ""): curves})
+    lines = figure.axes[0].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 25
+    assert figure.get_figheight() == pytest.approx(2.4 + 9 * 0.16)  # 3 of these names in a row
 
 
 def test_losses_of_different_kinds_get_a_panel_each(tmp_path, figures):

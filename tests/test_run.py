@@ -8,6 +8,7 @@ import torch
 from parity_data import assert_match_relative, read_json
 
 from main_pretrain import lr_scale
+from util.run import setup
 from util.run.setup import set_lr
 from util.run.startup import log_summary, startup_summary
 
@@ -34,3 +35,20 @@ def test_peak_learning_rate(case, tiny_cross, caplog):
         f"effective batch size: {case['effective_batch']}",
     ):
         assert line in caplog.messages
+
+
+@pytest.mark.parametrize("rank, level", [(0, logging.INFO), (1, logging.WARNING)])
+def test_other_ranks_log_warnings_only(rank, level, monkeypatch):
+    """Also those whose rank only the process group knows, as under mpirun."""
+    logger = logging.getLogger()
+    before = list(logger.handlers), logger.level
+
+    def init(args):
+        args.rank, args.distributed, args.device = rank, True, torch.device("cpu")
+
+    monkeypatch.setattr(setup.distributed, "init_distributed_mode", init)
+    try:
+        setup.start_run(Namespace(device="cpu", seed=0))
+        assert logger.level == level
+    finally:
+        logger.handlers[:], logger.level = before
