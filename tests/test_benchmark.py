@@ -29,6 +29,8 @@ def test_json_on_the_last_line(what, image_folder):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["what"] == what and result["ratio_median"] > 0 and result["ratio_min"] > 0
     assert {"noise_floor", "images_per_s", "peak_memory_ratio"} <= set(result)
+    if what in ("step", "eval"):
+        assert result["images_per_s"] == pytest.approx(2 / result["seconds"])
     if what == "step":
         assert 0.1 < result["peak_memory_ratio"] < 1 and result["images_per_s"] > 0
     if what == "loader":

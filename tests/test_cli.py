@@ -89,6 +89,14 @@ def test_unknown_flag_is_refused(main, capsys):
 
 
 @pytest.mark.parametrize("main", MAINS)
+def test_older_launchers_pass_local_rank(main):
+    """In both spellings, of which --help shows one."""
+    for flag in ("--local_rank", "--local-rank"):
+        assert get_parser(main).parse_args([f"{flag}=3"]).local_rank == 3
+    assert "--local-rank" not in get_parser(main).format_help()
+
+
+@pytest.mark.parametrize("main", MAINS)
 def test_typo_names_the_closest_flag(main, capsys):
     with pytest.raises(SystemExit):
         get_parser(main).parse_args(["--batchsize", "3"])

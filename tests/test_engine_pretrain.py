@@ -174,3 +174,24 @@ def test_gradient_norms_of_overflows_are_not_averaged():
     for iteration, norm in enumerate((float("inf"), 3.0)):
         log.add(iteration, build_sgd(nn.Linear(1, 1)), torch.tensor(1.0), torch.tensor(norm))
     assert log.metrics.averages()["grad_norm"] == 3
+
+
+class Writer:
+    """A TensorBoard writer that keeps (tag, step) of what it gets."""
+
+    def __init__(self):
+        self.points = []
+
+    def add_scalar(self, tag, value, step):
+        self.points.append((tag, step))
+
+
+def test_tensorboard_gets_optimizer_steps_alone():
+    """With accumulation no point for the other iterations; the axis is epoch x 1000."""
+    writer, scaler = Writer(), NativeScalerWithGradNormCount(None, "cpu")
+    log = TrainLog(2, range(4), "train_loss", writer, scaler, make_args(accum_iter=2))
+    for iteration in range(4):
+        norm = torch.tensor(3.0) if iteration % 2 else None
+        log.add(iteration, build_sgd(nn.Linear(1, 1)), torch.tensor(1.0), norm)
+    tags = ("train_loss", "lr", "grad_norm")
+    assert writer.points == [(tag, step) for step in (2250, 2750) for tag in tags]

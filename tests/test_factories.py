@@ -89,3 +89,17 @@ def test_gradients_are_laid_out_like_parameters(kind, num_images, tiny_cross, ti
     model(torch.randn(num_images, 3, 32, 32)).sum().backward()
     for name, param in model.named_parameters():
         assert param.grad is None or param.grad.stride() == param.stride(), name
+
+
+@pytest.mark.parametrize("name", ["models_cross", "models_mae", "models_vit"])
+def test_default_arguments_build_a_model(name):
+    """The classifier's are those of ViT-Base; every number of heads divides its width."""
+    module = importlib.import_module(name)
+    with torch.device("meta"):
+        if name != "models_vit":
+            module.MaskedAutoencoderViT()
+            return
+        model, base = module.VisionTransformer(), module.vit_base_patch16()
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, base)]
+    assert shapes[0] == shapes[1]
+    assert model.blocks[0].attn.num_heads == base.blocks[0].attn.num_heads == 12
