@@ -65,6 +65,19 @@ def test_a_new_run_moves_the_earlier_one(tmp_path, caplog):
     assert f"Kept 7 files of an earlier run in {first}" in caplog.text
 
 
+def test_curves_in_a_folder_of_their_own_move_too(tmp_path):
+    folder, curves = tmp_path / "out", tmp_path / "curves"
+    write_run(folder, 1)
+    write_run(curves, 1)
+    args = run_args(folder)
+    args.log_dir = str(curves)
+    clear_output_dir(args, 0)
+    (previous,) = (path for path in curves.iterdir() if path.name.startswith("previous-"))
+    assert names_in(previous) == {"events.out.tfevents.1.host"}  # nothing else there is ours
+    assert "checkpoint.pth" in names_in(curves)
+    assert all(name.startswith("previous-") for name in names_in(folder))
+
+
 def test_a_resumed_run_moves_nothing(tmp_path):
     write_run(tmp_path, 3, best=1)
     before = names_in(tmp_path)
