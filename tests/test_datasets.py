@@ -192,3 +192,9 @@ def test_evaluation_images_are_transformed_from_the_files(image_folder):
     with Image.open(image_folder / "val/a/0.jpg") as image:
         expected = by_hand(image.convert("RGB"))
     assert (dataset[0, 0][0] - expected).abs().max() <= BOUNDS["eval_abs"]
+
+
+def test_evaluation_resizes_each_side_of_a_rectangle():
+    """Up to 224 pixels by 1 / 0.875, longer sides not at all."""
+    resize, crop = build_transform(False, settings(input_size=(224, 448))).transforms[:2]
+    assert (resize.height, resize.width) == (256, 448) and tuple(crop.size) == (224, 448)
