@@ -549,7 +549,5 @@ for url in ("hf://own/repo/evil.pth", "hf://own/repo/none.pth"):
 
 
 def test_weights_of_no_known_model_are_not_sent_to_another_flag(tiny_vit):
-    with pytest.raises(
-        CheckpointError, match="is a unknown checkpoint.*check the file .*foo"
-    ):
+    with pytest.raises(CheckpointError, match="is a unknown checkpoint.*check the file .*foo"):
         load_strict(tiny_vit(), {"foo": torch.zeros(1)}, "x.pth")
