@@ -1,5 +1,6 @@
 """Command line: flags, types, defaults and README commands of the public CrossMAE code."""
 
+import contextlib
 import importlib
 import os
 import re
@@ -7,6 +8,7 @@ import re
 import pytest
 from parity_data import read_json, record
 
+from util.build import build_pretrain_model
 from util.io.errors import UserError
 
 CLI = read_json("cli")
@@ -122,3 +124,12 @@ def test_negative_number_in_scientific_notation_is_a_value(main):
 def test_missing_data_path_is_named(main):
     with pytest.raises(UserError, match="--data_path is missing"):
         importlib.import_module(main).check_args(get_parser(main).parse_args([]))
+
+
+@pytest.mark.parametrize("flags, is_refused", [(["--cross_mae"], True), ([], False)])
+def test_kept_mask_ratio_is_checked_where_it_acts(flags, is_refused):
+    """When the model is built, so before the first step; an MAE ignores it."""
+    flags += "--model mae_vit_mini_patch4 --input_size 32 --mask_ratio 0.5".split()
+    args = main_pretrain.get_args_parser().parse_args([*flags, "--kept_mask_ratio", "0.75"])
+    with pytest.raises(UserError, match="exceeds") if is_refused else contextlib.nullcontext():
+        build_pretrain_model(args)
