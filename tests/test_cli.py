@@ -129,7 +129,7 @@ def test_missing_data_path_is_named(main):
 @pytest.mark.parametrize("flags, is_refused", [(["--cross_mae"], True), ([], False)])
 def test_kept_mask_ratio_is_checked_where_it_acts(flags, is_refused):
     """When the model is built, so before the first step; an MAE ignores it."""
-    flags += "--model mae_vit_mini_patch4 --input_size 32 --mask_ratio 0.5".split()
-    args = main_pretrain.get_args_parser().parse_args([*flags, "--kept_mask_ratio", "0.75"])
+    flags = [*flags, *"--model mae_vit_mini_patch4 --input_size 32 --mask_ratio 0.5".split()]
+    args = get_parser("main_pretrain").parse_args([*flags, "--kept_mask_ratio", "0.75"])
     with pytest.raises(UserError, match="exceeds") if is_refused else contextlib.nullcontext():
         build_pretrain_model(args)
