@@ -62,7 +62,7 @@ def test_initialization_matches_timm(tiny_vit):
 
 
 def test_head_for_a_pretrained_encoder(tiny_vit):
-    """Standard deviation 2e-5; of a linear probe 0.01."""
+    """Weights of std 2e-5; of a linear probe 0.01."""
     model = tiny_vit(num_classes=1000)
     model.init_head()
     assert abs(model.head.weight.std() / 2e-5 - 1) < 0.03

@@ -74,70 +74,85 @@ def check_shared(args: argparse.Namespace) -> None:
         UserError: with the flag, its value and the remedy.
     """
     check_ranges(args, RANGES)
-    refuse(
-        [
-            (
-                bool(args.keep_last and not args.keep_every),
-                "--keep_last needs checkpoint-EPOCH.pth files: give --keep_every too.",
-            ),
-            (
-                bool(args.save_every_minutes and not args.output_dir),
-                "--save_every_minutes has nowhere to save: give --output_dir.",
-            ),
-            (
-                args.data_path == IMAGENET_AT_META
-                and not os.path.exists(IMAGENET_AT_META)
-                and not getattr(args, "predict", ""),
-                "--data_path is missing: name the folder of the data.",
-            ),
-            (
-                not args.data_path,
-                "--data_path is empty (an unset variable?); name the folder of the data.",
-            ),
-            (
-                bool(args.wandb) and importlib.util.find_spec("wandb") is None,
-                "--wandb needs an optional package: pip install wandb",
-            ),
-            (
-                bool(args.wandb and not args.output_dir),
-                "--wandb keeps its files in the output folder: give --output_dir.",
-            ),
-            (
-                bool(getattr(args, "shard_cache", None))
-                and "://" not in (getattr(args, "predict", "") or args.data_path),
-                "--shard_cache is for tar files at a URL: leave it out.",
-            ),
-            (
-                bool(args.config),
-                f"--config {args.config} was not read: parse the flags with parse_flags.",
-            ),
-            (
-                args.compile and args.grad_checkpointing,
-                "--compile plans memory itself: leave out --grad_checkpointing.",
-            ),
-            (
-                args.recompute != "none" and args.grad_checkpointing,
-                f"--grad_checkpointing already recomputes whole blocks: leave out --recompute "
-                f"{args.recompute}.",
-            ),
-            (
-                args.recompute != "none" and bool(args.compile),
-                f"--compile plans memory itself: leave out --recompute {args.recompute}.",
-            ),
-            (
-                args.skip_bad_images and getattr(args, "eval", False),
-                "--skip_bad_images is for training; --eval counts every image: leave it out.",
-            ),
-            (
-                bool(args.replay and (getattr(args, "eval", 0) or getattr(args, "predict", 0))),
-                "--replay takes a training step: leave out --eval and --predict.",
-            ),
-            (
-                args.resume == "auto" and not args.output_dir,
-                "--resume auto looks in the output folder: give --output_dir.",
-            ),
-        ]
-    )
+    refuse([*run_rules(args), *data_rules(args), *memory_rules(args)])
+
+
+def run_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """What a run writes, and how it continues."""
+    return [
+        (
+            bool(args.keep_last and not args.keep_every),
+            "--keep_last needs checkpoint-EPOCH.pth files: give --keep_every too.",
+        ),
+        (
+            bool(args.save_every_minutes and not args.output_dir),
+            "--save_every_minutes has nowhere to save: give --output_dir.",
+        ),
+        (
+            bool(args.wandb) and importlib.util.find_spec("wandb") is None,
+            "--wandb needs an optional package: pip install wandb",
+        ),
+        (
+            bool(args.wandb and not args.output_dir),
+            "--wandb keeps its files in the output folder: give --output_dir.",
+        ),
+        (
+            bool(args.config),
+            f"--config {args.config} was not read: parse the flags with parse_flags.",
+        ),
+        (
+            bool(args.replay and (getattr(args, "eval", 0) or getattr(args, "predict", 0))),
+            "--replay takes a training step: leave out --eval and --predict.",
+        ),
+        (
+            args.resume == "auto" and not args.output_dir,
+            "--resume auto looks in the output folder: give --output_dir.",
+        ),
+    ]
+
+
+def data_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Where the images are."""
+    return [
+        (
+            args.data_path == IMAGENET_AT_META
+            and not os.path.exists(IMAGENET_AT_META)
+            and not getattr(args, "predict", ""),
+            "--data_path is missing: name the folder of the data.",
+        ),
+        (
+            not args.data_path,
+            "--data_path is empty (an unset variable?); name the folder of the data.",
+        ),
+        (
+            bool(getattr(args, "shard_cache", None))
+            and "://" not in (getattr(args, "predict", "") or args.data_path),
+            "--shard_cache is for tar files at a URL: leave it out.",
+        ),
+        (
+            args.skip_bad_images and getattr(args, "eval", False),
+            "--skip_bad_images is for training; --eval counts every image: leave it out.",
+        ),
+    ]
+
+
+def memory_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """What is recomputed, and by whom."""
+    return [
+        (
+            args.compile and args.grad_checkpointing,
+            "--compile plans memory itself: leave out --grad_checkpointing.",
+        ),
+        (
+            args.recompute != "none" and args.grad_checkpointing,
+            f"--grad_checkpointing already recomputes whole blocks: leave out --recompute "
+            f"{args.recompute}.",
+        ),
+        (
+            args.recompute != "none" and bool(args.compile),
+            f"--compile plans memory itself: leave out --recompute {args.recompute}.",
+        ),
+    ]
 
 
 def set_mean_std(args: argparse.Namespace) -> None:
