@@ -267,7 +267,7 @@ def test_pretraining_says_what_is_wrong(arrange, name, message, capsys, tmp_path
 
 
 FINETUNE_MISTAKES = [
-    (nothing, [], "Cannot read the folder .*/train .No such file.*must name a folder that holds"),
+    (nothing, [], "Cannot read the folder .*/train .No such file.*name a folder that holds"),
     (only_train, [], "Cannot read the folder .*/val "),
     (an_empty_class, [], "no image in the class folder .*/train/dog; add some or remove it"),
     (other_classes, [], "have different classes .such as cat, dog"),

@@ -162,7 +162,7 @@ def find_classes(folder: str | Path) -> list[str]:
     except OSError as error:
         raise UserError(
             f"Cannot read the folder {folder} ({error.strerror}); labels are needed here: "
-            f"--data_path must name a folder that holds {Path(folder).name}/CLASS/*."
+            f"name a folder that holds {Path(folder).name}/CLASS/*."
         ) from error
     if not classes:
         raise UserError(

@@ -126,14 +126,26 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_offline() -> bool:
-    """Whether the Hub cannot be reached at all; its own client retries for half a minute."""
+@contextlib.contextmanager
+def quiet_hub():
+    """The Hub's client without its log of retries; where there is no network, its cache alone."""
     from huggingface_hub import constants
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or is_offline(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def is_offline(endpoint: str) -> bool:
+    """Whether the Hub cannot be reached at all; its own client retries for half a minute."""
     if urllib.request.getproxies():  # which may know names that this machine does not
         return False
     try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, None)
+        socket.getaddrinfo(urlparse(endpoint).hostname, None)
     except OSError:
         return True
     return False
@@ -158,15 +170,13 @@ def fetch_from_hub(source: str) -> str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs every retry, twice
     logger.info("Looking for %s", source)
     owner, repository, *path = [*source.removeprefix("hf://").split("/"), "", ""]
     if not any(path):
         raise UserError(f"{source} names no file; use hf://owner/repository/path.")
     try:
-        return hf_hub_download(
-            f"{owner}/{repository}", "/".join(path).rstrip("/"), local_files_only=is_offline()
-        )
+        with quiet_hub():
+            return hf_hub_download(f"{owner}/{repository}", "/".join(path).rstrip("/"))
     except Exception as error:  # the hub's errors have no common base class
         is_missing = isinstance(error, EntryNotFoundError)
         raise (NotInRepository if is_missing else UserError)(

@@ -2,15 +2,15 @@
 
 import difflib
 import json
-import logging
 from pathlib import Path
 
 import timm
+import torch
 from torch import nn
 
 from util.io.checkpoint_content import check_content
 from util.io.checkpoint_file import read_checkpoint, weights_of
-from util.io.download import fetch_repository
+from util.io.download import fetch_repository, quiet_hub
 from util.io.errors import CheckpointError, UserError, one_line
 from util.io.transformers_names import from_transformers
 
@@ -90,8 +90,12 @@ def read_json(path: Path) -> dict:
 
 def read_timm(source: str) -> dict:
     """Pre-trained weights of timm by name, for example timm:vit_base_patch16_224.mae."""
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs every retry
-    model = create_timm(source.removeprefix("timm:"), source, pretrained=True, num_classes=0)
+    name = source.removeprefix("timm:")
+    with torch.device("meta"):  # is it a ViT at all? without a download
+        model = create_timm(name, source, num_classes=0)
+    timm_checkpoint(model, model.state_dict(), {}, source)
+    with quiet_hub():
+        model = create_timm(name, source, pretrained=True, num_classes=0)
     return timm_checkpoint(model, model.state_dict(), model.pretrained_cfg, source)
 
 
