@@ -19,7 +19,8 @@ from test_export import call
 import main_finetune
 import main_pretrain
 from util.checkpoint import init_from, load_pretrained
-from util.io.errors import UserError
+from util.io import pretrained
+from util.io.errors import CheckpointError, UserError
 from util.io.pretrained import read_pretrained
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
@@ -165,15 +166,25 @@ def timm_weights(monkeypatch):
     def give(name: str, **options):
         model = randomize(timm.create_model(name, **(TIMM | options)))
 
-        def create_pretrained(wanted, pretrained=False, **more):
-            assert wanted == name + ".mae" and pretrained and more == {"num_classes": 0}
+        create_model = timm.create_model
+
+        def create(wanted, pretrained=False, **more):
+            assert wanted == name + ".mae" and more == {"num_classes": 0}
+            if not pretrained:  # to see its class, before a download
+                return create_model(name, **(TIMM | options | more))
             model.reset_classifier(0)
             return model
 
-        monkeypatch.setattr(timm, "create_model", create_pretrained)
+        monkeypatch.setattr(timm, "create_model", create)
         return model
 
     return give
+
+
+def test_other_models_of_timm_are_refused_before_a_download(monkeypatch):
+    monkeypatch.setattr(pretrained, "quiet_hub", None)
+    with pytest.raises(CheckpointError, match="timm:resnet18 is not a plain ViT"):
+        read_pretrained("timm:resnet18")
 
 
 @torch.no_grad()
