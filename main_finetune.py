@@ -184,7 +184,7 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
     model, num_images = state.model, len(val_loader.dataset)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("number of params (M): %.2f", num_trainable / 1e6)
-    criterion, mixup_fn = build_criterion(args, [y for _, y in train_loader.dataset.samples])
+    criterion, mixup_fn = build_criterion(args, train_loader.dataset.samples)
     for epoch in range(state.epoch, args.epochs):
         train_loader.set_epoch(epoch, state.iteration)
         train_stats = train_one_epoch(

@@ -210,7 +210,7 @@ def test_balanced_class_weights():
     flags = ["--class_weights", "balanced", "--smoothing", "0.2", "--nb_classes", "3"]
     args = main_finetune.parse_args([*flags, "--data_path", "x"])
     args.device = CPU
-    criterion, mixup_fn = main_finetune.build_criterion(args, labels)
+    criterion, mixup_fn = main_finetune.build_criterion(args, [("", label) for label in labels])
     weights = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     target = torch.tensor(labels)
@@ -220,4 +220,4 @@ def test_balanced_class_weights():
     assert criterion(logits, target).item() == pytest.approx(expected.item(), rel=1e-6)
     assert mixup_fn is None
     args.class_weights = "none"
-    assert main_finetune.build_criterion(args, labels)[0].weight is None
+    assert main_finetune.build_criterion(args, [("", label) for label in labels])[0].weight is None

@@ -56,7 +56,7 @@ def set_up_finetuning(args) -> None:
     build_train_loader(dataset, args)
     model = build_classifier(args)
     image, label = dataset[0, 0]
-    _, mixup = main_finetune.build_criterion(args, [0, 1])
+    _, mixup = main_finetune.build_criterion(args, [("", 0), ("", 1)])
     if mixup is not None and args.batch_size < 1000:
         mixup(torch.stack([image, image]), torch.tensor([label, label]))
     main_finetune.build_optimizer(argparse.Namespace(**{**vars(args), "lr": 1e-3}), model)

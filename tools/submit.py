@@ -82,7 +82,9 @@ def main(args: argparse.Namespace):
     try:
         executor = submitit.AutoExecutor(args.job_dir / "%j", cluster=args.cluster, **options)
     except RuntimeError as error:  # no sbatch
-        raise UserError(f"{error}; on this machine, try --cluster local.") from error
+        raise UserError(
+            f"There is no SLURM here ({error}); to try the command, add --cluster local."
+        ) from error
     executor.update_parameters(
         name=args.job_name,
         nodes=args.nodes,

@@ -73,11 +73,11 @@ def build_classifier(args, attention_backend=None) -> nn.Module:
     return build(find_factory(models_vit, "vit_", args.model), args, options, attention_backend)
 
 
-def build_criterion(args, labels: list[int]):
+def build_criterion(args, samples):
     """(loss, mixup function or None); with mixup, label smoothing goes into the mixed targets.
 
     Args:
-        labels: class index of every training image.
+        samples: (path, class index) of every training image.
     """
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
         logger.info("Mixup is activated!")
@@ -94,7 +94,8 @@ def build_criterion(args, labels: list[int]):
         return SoftTargetCrossEntropy(), mixup_fn
     weight = None
     if args.class_weights == "balanced":
-        counts = torch.bincount(torch.tensor(labels), minlength=args.nb_classes)
+        labels = torch.tensor([label for _, label in samples])
+        counts = labels.bincount(minlength=args.nb_classes)
         weight = (len(labels) / (args.nb_classes * counts)).to(args.device)
     return nn.CrossEntropyLoss(weight, label_smoothing=args.smoothing), None
 
