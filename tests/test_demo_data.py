@@ -172,6 +172,8 @@ def test_draws_of_few_labels_differ():
     data = demo_data.load_digits()
     draws = [demo_data.choose_few(data, 5, draw) for draw in (None, 0, 1, 1)]
     assert draws[2] == draws[3] and len({tuple(draw) for draw in draws}) == 3
+    zeros = np.flatnonzero(data.labels[: demo_data.NUM_TRAIN] == 0)
+    assert {zeros[0], zeros[-1]} <= set(draws[0])  # evenly spaced, to both ends
     for draw in draws:
         assert Counter(data.labels[draw].tolist()) == dict.fromkeys(range(10), 5)
         assert max(draw) < demo_data.NUM_TRAIN and len(set(draw)) == 50

@@ -6,9 +6,11 @@ from argparse import Namespace
 import pytest
 import torch
 from parity_data import assert_match_relative, read_json
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from main_pretrain import lr_scale
 from util.run import setup
+from util.run.checks import set_mean_std
 from util.run.setup import set_lr
 from util.run.startup import log_summary, startup_summary
 
@@ -52,3 +54,14 @@ def test_other_ranks_log_warnings_only(rank, level, monkeypatch):
         assert logger.level == level
     finally:
         logger.handlers[:], logger.level = before
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_mean_and_std_without_flags(in_chans):
+    """ImageNet's for 3 channels, else 0.5 for each channel."""
+    args = Namespace(in_chans=in_chans, mean=None, std=None)
+    set_mean_std(args)
+    expected = [IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD]
+    if in_chans != 3:
+        expected = [[0.5] * in_chans] * 2
+    assert [args.mean, args.std] == [list(values) for values in expected]
