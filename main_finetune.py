@@ -19,6 +19,7 @@ from util.data.checks import (
 )
 from util.data.loaders import build_eval_loader, build_train_loader
 from util.data.remote import localize
+from util.data.transforms import FINETUNE_CROP_SCALE
 from util.datasets import build_dataset
 from util.distributed import broadcast_buffers, wrap_ddp
 from util.eval.predict import predict
@@ -65,6 +66,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         "main_finetune.py", description=__doc__, parents=[shared_parser()], add_help=add_help
     )
     parser.set_defaults(epochs=50, min_lr=1e-6, warmup_epochs=5, keep_every=0)
+    parser.set_defaults(crop_scale=FINETUNE_CROP_SCALE)
     add_finetune_flags(parser)
     return parser
 

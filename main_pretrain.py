@@ -12,7 +12,7 @@ from util.build import build_pretrain_model
 from util.checkpoint import init_from
 from util.data.loaders import build_train_loader
 from util.data.remote import localize
-from util.data.transforms import CROP_SCALE
+from util.data.transforms import PRETRAIN_CROP_SCALE
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.eval.knn import OnlineKnn
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 RANGES = {
     **dict.fromkeys(("mask_ratio", "kept_mask_ratio"), "(0, 1)"),  # they scale lr, for MAE too
-    "crop_scale": "(0, 1]",
     "decoder_depth": "[1, 1000]",
     "decoder_embed_dim": "[1, 65536]",
     "log_images": "[0, 1000]",
@@ -58,6 +57,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         "main_pretrain.py", description=__doc__, parents=[shared_parser()], add_help=add_help
     )
     parser.set_defaults(epochs=400, min_lr=0.0, warmup_epochs=40, keep_every=200)
+    parser.set_defaults(crop_scale=PRETRAIN_CROP_SCALE)
     add_model_flags(partial(add_flag, parser.add_argument_group("pre-training model")))
     add_training_flags(partial(add_flag, parser.add_argument_group("masking, loss and logging")))
     return parser
@@ -88,8 +88,6 @@ def add_training_flags(flag) -> None:
     text = "fraction of all patches that CrossMAE predicts, at most --mask_ratio"
     flag("--kept_mask_ratio", float, 0.75, text)
     flag("--norm_pix_loss", bool, False, "predict pixels normalized within each patch")
-    text = "smallest and largest fraction of an image's area that a crop takes (default: 0.2 1)"
-    flag("--crop_scale", float, CROP_SCALE, text, nargs=2, metavar=("MIN", "MAX"))
     text = "scale the learning rate by mask/kept instead of kept/mask ratio"
     flag("--inverse_lr", bool, False, text)
     flag("--no_lr_scale", bool, False, "do not scale the learning rate by the ratios")
@@ -137,10 +135,6 @@ def check_args(args) -> None:
             (
                 bool(args.knn_every) != bool(args.knn_data),
                 "--knn_every N and --knn_data DIR belong together: give both or none.",
-            ),
-            (
-                args.crop_scale[0] > args.crop_scale[1],
-                "--crop_scale takes two fractions of the area, the smaller one first.",
             ),
             (
                 not args.cross_mae and bool(only_cross),

@@ -13,8 +13,10 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from util.data.transforms import (
-    CROP_SCALE,
+    BICUBIC,
+    PRETRAIN_CROP_SCALE,
     FastPretrainTransform,
+    build_array_transform,
     build_pretrain_transform,
     build_transform,
     normalize,
@@ -95,7 +97,7 @@ def test_crop_scale(loader, image_folder):
     """Crops of exactly half the area, up to whole pixels; without the flag 20 to 100 %."""
     args = settings(data_path=str(image_folder), loader=loader, crop_scale=(0.5, 0.5))
     image = torch.zeros(3, 100, 100)
-    for scale, low, high in (((0.5, 0.5), 0.49, 0.51), (CROP_SCALE, 0.2, 1.0)):
+    for scale, low, high in (((0.5, 0.5), 0.49, 0.51), (PRETRAIN_CROP_SCALE, 0.2, 1.0)):
         args.crop_scale = scale
         transform = build_pretrain_dataset(args).transform
         crop = transform.crop if loader == "fast" else transform.transforms[0]
@@ -127,15 +129,18 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(image_folder):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(), dict(aa="", color_jitter=0.4), dict(reprob=1.0)], ids=str
+    "changes",
+    [dict(), dict(aa="", color_jitter=0.4), dict(reprob=1.0), dict(crop_scale=(0.5, 0.6))],
+    ids=str,
 )
 def test_finetuning_transform_equals_timms(changes):
-    """The recipe's pipeline, color jitter instead of RandAugment, erasing with probability 1."""
+    """The recipe, color jitter instead of RandAugment, erasing with probability 1, other crops."""
     args = settings(**changes)
     transform = build_transform(True, args)
     reference = create_transform(
         input_size=32,
         is_training=True,
+        scale=changes.get("crop_scale"),
         color_jitter=args.color_jitter,
         auto_augment=args.aa or None,
         interpolation="bicubic",
@@ -153,6 +158,19 @@ def test_finetuning_transform_equals_timms(changes):
             outs.append(pipeline(image))
         assert outs[0].shape == (3, 32, 32) and outs[0].dtype == torch.float32
         assert outs[0].equal(outs[1])
+
+
+def test_crop_scale_of_arrays():
+    """torchvision's crop and flip with the same random numbers."""
+    image = torch.rand(3, 50, 70)
+    args = settings(aa="", reprob=0.0, crop_scale=(0.5, 0.6))
+    crop = transforms.RandomResizedCrop(32, scale=(0.5, 0.6), interpolation=BICUBIC)
+    steps = [crop, transforms.RandomHorizontalFlip(), transforms.Normalize(MEAN, STD)]
+    outs = []
+    for pipeline in (build_array_transform(args), transforms.Compose(steps)):
+        seed_everything(0)
+        outs.append(pipeline(image))
+    assert outs[0].equal(outs[1])
 
 
 def test_erasing_and_augmentation_can_be_off():

@@ -16,7 +16,7 @@ from util.data.shards import ShardSamples
 from util.data.sources import evenly_spaced, list_pretrain_images
 from util.data.stats import MODE_16_BIT, ImageStats, inspect, levels_note
 from util.data.transforms import (
-    CROP_SCALE,
+    PRETRAIN_CROP_SCALE,
     FastPretrainTransform,
     build_array_transform,
     build_pretrain_transform,
@@ -92,7 +92,7 @@ def build_pretrain_dataset(args) -> ImageDataset:
     are_tensors = prepare_reading(samples, args)
     # Pillow weighs colors by alpha when it resizes RGBA, which the fast path does not.
     if args.loader == "fast" and args.in_chans in (1, 3) and not are_tensors:
-        scale = getattr(args, "crop_scale", CROP_SCALE)
+        scale = getattr(args, "crop_scale", PRETRAIN_CROP_SCALE)
         transform, read = FastPretrainTransform(args.input_size, scale), read_image
     else:
         transform, read = build_pretrain_transform(args), open_image

@@ -14,7 +14,8 @@ from torchvision.transforms import functional as TF
 
 from util.io.errors import UserError
 
-CROP_SCALE = (0.2, 1.0)  # fractions of the area that pre-training crops, as published
+PRETRAIN_CROP_SCALE = (0.2, 1.0)  # fractions of the area that are cropped, as published
+FINETUNE_CROP_SCALE = (0.08, 1.0)
 BICUBIC = T.InterpolationMode.BICUBIC
 CROP_RATIO = 0.875  # center crop to resized short side, up to 224 pixels
 
@@ -25,7 +26,7 @@ def build_pretrain_transform(args):
     Random crop of 20-100 % of the area (args.crop_scale) with an aspect ratio of 3/4 to 4/3,
     resized bicubically; random horizontal flip.
     """
-    scale = getattr(args, "crop_scale", CROP_SCALE)
+    scale = getattr(args, "crop_scale", PRETRAIN_CROP_SCALE)
     crop = T.RandomResizedCrop(args.input_size, scale=scale, interpolation=BICUBIC)
     return T.Compose([crop, T.RandomHorizontalFlip(), to_float, T.Normalize(args.mean, args.std)])
 
@@ -49,7 +50,7 @@ class FastPretrainTransform:
     Draws the same random numbers in the same order as the recipe's pipeline.
     """
 
-    def __init__(self, input_size: int | tuple[int, int], scale=CROP_SCALE):
+    def __init__(self, input_size: int | tuple[int, int], scale=PRETRAIN_CROP_SCALE):
         self.crop = T.RandomResizedCrop(input_size, scale=scale)
 
     def __call__(self, img: Tensor) -> Tensor:
@@ -65,6 +66,7 @@ def build_transform(is_train: bool, args):
         transform = create_transform(
             args.input_size if isinstance(args.input_size, int) else (3, *args.input_size),
             is_training=True,
+            scale=getattr(args, "crop_scale", FINETUNE_CROP_SCALE),
             color_jitter=args.color_jitter,
             auto_augment=args.aa or None,
             interpolation="bicubic",
@@ -100,7 +102,8 @@ def build_array_transform(args):
             "--aa and --color_jitter work on 8-bit images, the data are arrays or 16-bit images; "
             "leave them out (--aa '')."
         )
-    crop = T.RandomResizedCrop(args.input_size, interpolation=BICUBIC)
+    scale = getattr(args, "crop_scale", FINETUNE_CROP_SCALE)
+    crop = T.RandomResizedCrop(args.input_size, scale=scale, interpolation=BICUBIC)
     normalization = T.Normalize(args.mean, args.std)
     erasing = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
     return T.Compose([crop, T.RandomHorizontalFlip(), to_float, normalization, erasing])

@@ -28,6 +28,7 @@ RANGES = {  # numeric flags of both scripts, in interval notation; the upper end
     "clip_grad": "(0, inf)",
     "mean": "(-inf, inf)",
     "std": "(0, inf)",
+    "crop_scale": "(0, 1]",
 }
 
 
@@ -114,6 +115,10 @@ def run_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
 def data_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     """Where the images are."""
     return [
+        (
+            args.crop_scale[0] > args.crop_scale[1],
+            "--crop_scale takes two fractions of the area, the smaller one first.",
+        ),
         (
             args.data_path == IMAGENET_AT_META
             and not os.path.exists(IMAGENET_AT_META)

@@ -180,7 +180,7 @@ def ignored_flags(args) -> dict[str, str]:
         ignored["layer_decay"] = "--linear_probe trains the head alone"
     if args.eval or args.predict:
         names = "compile recompute mixup cutmix cutmix_minmax layer_decay clip_grad class_weights"
-        names = [*names.split(), "best_by", "model_ema_decay"]
+        names = [*names.split(), "best_by", "model_ema_decay", "crop_scale"]
         ignored |= dict.fromkeys(names, "nothing is trained")
     if args.predict:
         names = ("input_size", "patch_size", "in_chans", "mean", "std", "skip_bad_images")

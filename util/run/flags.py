@@ -115,6 +115,9 @@ def add_data_flags(flag) -> None:
     text = "of images in 0..1 (default: ImageNet's; 0.5 unless 3 channels)"
     flag("--mean", float, None, f"channel means {text}", nargs="+", metavar="M")
     flag("--std", float, None, f"channel stds {text}", nargs="+", metavar="S")
+    text = "smallest and largest fraction of an image's area that a training crop takes (default: "
+    text += "0.2 1 in pre-training, 0.08 1 in fine-tuning)"
+    flag("--crop_scale", float, None, text, nargs=2, metavar=("MIN", "MAX"))
     text = "DataLoader workers per rank (default: 10, at most one per core)"
     flag("--num_workers", int, min(10, os.cpu_count() or 1), text)
     flag("--prefetch", int, 2, "batches prefetched per worker")
