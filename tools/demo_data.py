@@ -2,6 +2,7 @@
 
     python -m tools.demo_data OUT_DIR
     python -m tools.demo_data OUT_DIR --set fashion-mnist --from DIR    (or --download)
+    python -m tools.demo_data OUT_DIR --set elpv
 
 digits (the default): 1,797 scans of the digits 0-9, 8x8 pixels with 17 gray levels, part of the
 scikit-learn package (from the UCI "Optical Recognition of Handwritten Digits" set), so nothing is
@@ -11,9 +12,14 @@ fashion-mnist: 60,000 + 10,000 gray photographs of clothes, 28x28 pixels, 10 cla
 arXiv 1708.07747, MIT license), from the four .gz files in DIR (in Debian and Ubuntu, the package
 dataset-fashion-mnist has them), or downloaded through torchvision.
 
+elpv: 2,624 gray photographs of solar cells, 300x300 pixels, whose classes are four levels of the
+defect probability (Buerhop-Lutz et al. 2018, CC BY-NC-SA 4.0), from the package elpv-dataset (pip
+install, 91 MB).
+
 The split is fixed:
 
-    OUT_DIR/train/<class>/<name>_<index>.png    digits: indices 0-1296 in scikit-learn's order
+    OUT_DIR/train/<class>/<name>.png            digits: the first 1297 in scikit-learn's order;
+                                                elpv: four fifths, by the hash of the file name
     OUT_DIR/val/<class>/...                     the others
     OUT_DIR/few/train/<class>/...               `--labels_per_class` images of each class of
                                                 train, evenly spaced, or a random --draw
@@ -35,7 +41,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
-from tools.image_set import ImageSet, download_fashion_mnist, load_fashion_mnist
+from tools.image_set import (
+    ImageSet,
+    download_fashion_mnist,
+    load_elpv,
+    load_fashion_mnist,
+    name_files,
+)
 from util.io.errors import UserError
 from util.run.checks import check_ranges
 from util.run.flags import FlagParser, add_flag
@@ -57,8 +69,9 @@ def load_digits() -> ImageSet:
             "run `pip install -r scripts/requirements-demo.txt`."
         ) from error
     digits = sklearn_digits()
+    names = name_files("digit", len(digits.target))
     scans = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    return ImageSet(scans, digits.target, list("0123456789"), NUM_TRAIN, "digit")
+    return ImageSet(scans, digits.target, list("0123456789"), NUM_TRAIN, names)
 
 
 def choose_few(data: ImageSet, labels_per_class: int, draw: int | None) -> list[int]:
@@ -142,7 +155,7 @@ def write_demo_data(
     record.write_text(json.dumps(state | {"complete": False}) + "\n")
     for folder, indices in split.items():
         for index in indices:
-            name = f"{data.class_names[data.labels[index]]}/{data.name}_{index:04d}.png"
+            name = f"{data.class_names[data.labels[index]]}/{data.names[index]}.png"
             path = out_dir / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if folder.startswith("few"):
@@ -164,14 +177,14 @@ def write_image(pixels: np.ndarray, path: Path, image_size: int | None) -> None:
 
 def get_args_parser() -> FlagParser:
     text = (
-        "Write scikit-learn's handwritten digits or Fashion-MNIST as PNG class folders: "
+        "Write handwritten digits, Fashion-MNIST or solar cells as PNG class folders: "
         "OUT_DIR/{train,val} with all labels, OUT_DIR/few/{train,val} with few."
     )
     parser = FlagParser("python -m tools.demo_data", description=text)
     flag = partial(add_flag, parser)
     flag("out_dir", Path, None, "folder to write to", metavar="OUT_DIR")
-    flag("--set", str, "digits", "which images", choices=["digits", "fashion-mnist"])
-    text = "fashion-mnist: folder with its four .gz files"
+    flag("--set", str, "digits", "which images", choices=["digits", "fashion-mnist", "elpv"])
+    text = "fashion-mnist: folder with its four .gz files; elpv: folder with labels.csv"
     flag("--from", Path, None, text, dest="source", metavar="DIR")
     flag("--download", bool, False, "fashion-mnist: download it (31 MB) instead")
     text = "training images per class in OUT_DIR/few"
@@ -184,12 +197,13 @@ def get_args_parser() -> FlagParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not belong together."""
     check_ranges(args, {"draw": "[0, 4294967295]"})
-    is_fashion = args.set == "fashion-mnist"
-    if (bool(args.source) + args.download) != is_fashion:
+    sources = bool(args.source) + args.download
+    if args.set == "fashion-mnist" and sources != 1:
+        raise UserError("--set fashion-mnist needs --from DIR or --download, one of them.")
+    if args.download and args.set != "fashion-mnist" or args.source and args.set == "digits":
         raise UserError(
-            "--set fashion-mnist needs --from DIR or --download, one of them."
-            if is_fashion
-            else "--from and --download belong to --set fashion-mnist: add it or leave them out."
+            "--download belongs to --set fashion-mnist, --from to that or --set elpv: add it or "
+            "leave them out."
         )
 
 
@@ -199,6 +213,8 @@ def main(args: argparse.Namespace) -> None:
     if args.set == "fashion-mnist":
         options["load"] = lambda: load_fashion_mnist(args.source or download_fashion_mnist())
         options["image_size"] = None
+    if args.set == "elpv":
+        options |= dict(load=lambda: load_elpv(args.source), image_size=None)
     counts = write_demo_data(args.out_dir, **options)
     for folder, count in counts.items():
         print(f"{count:5d} images in {args.out_dir / folder}")

@@ -173,9 +173,9 @@ def knn(folder: Path, data: Path) -> float:
     return json.loads(printed.splitlines()[-1])["knn"][0]["acc1"]
 
 
-def count_cost(build: Callable[[], torch.nn.Module], size: int, ratios: tuple) -> tuple:
+def count_cost(build: Callable[[], torch.nn.Module], size: int, ratios: tuple, chans=3) -> tuple:
     """(GFLOP of the forward pass of one image, million trainable parameters), on meta."""
     with torch.device("meta"), torch.no_grad():
-        model, imgs = build().eval(), torch.empty(1, 3, size, size)
+        model, imgs = build().eval(), torch.empty(1, chans, size, size)
         flops = count_flops(lambda: model(imgs, *ratios))
     return flops / 1e9, sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
