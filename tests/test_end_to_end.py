@@ -222,7 +222,8 @@ def test_new_run_moves_files_of_previous_run(image_folder, tmp_path, capsys):
     assert epochs == [json.loads(line)["epoch"] for line in moved.open()] == [0, 1]
     out = capsys.readouterr().out
     assert "files of an earlier run in" in out
-    assert "Nothing to do" in out.splitlines()[-2]
+    assert "/checkpoint.pth has finished epoch 1 of --epochs 2" in out.splitlines()[-2]
+    assert len(re.findall(r"Training time \d:\d\d:\d\d", out)) == 3
 
 
 @pytest.mark.slow  # compiles on two ranks: one to three minutes

@@ -49,12 +49,14 @@ def test_width_not_divisible_by_4_is_refused():
         get_2d_sincos_pos_embed(10, 2)
 
 
-def test_interpolation_is_bicubic_and_in_place(tiny_vit):
-    """The class token row is kept; equal grids change nothing."""
+def test_interpolation_is_bicubic_and_in_place(tiny_vit, caplog):
+    """The class token row is kept; equal grids change nothing. The log has MAE's line."""
+    caplog.set_level("INFO")
     model = tiny_vit(img_size=48)
     pos_embed = torch.randn(1, 17, 32, generator=torch.Generator().manual_seed(0))
     state = {"pos_embed": pos_embed.clone()}
     interpolate_pos_embed(model, state)
+    assert caplog.messages == ["Position interpolate from 4x4 to 6x6"]
     grid = pos_embed[:, 1:].reshape(4, 4, 32).permute(2, 0, 1)[None]
     resized = F.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False)
     assert state["pos_embed"].shape == (1, 37, 32)
@@ -62,4 +64,4 @@ def test_interpolation_is_bicubic_and_in_place(tiny_vit):
     torch.testing.assert_close(state["pos_embed"][0, 1:], resized[0].flatten(1).T)
     same = {"pos_embed": pos_embed.clone()}
     interpolate_pos_embed(tiny_vit(), same)
-    assert same["pos_embed"].equal(pos_embed)
+    assert same["pos_embed"].equal(pos_embed) and len(caplog.messages) == 1

@@ -30,6 +30,8 @@ def test_command_of_a_process(tmp_path):
         *FLAGS,
         *("--data_path", "x", "--output_dir", str(tmp_path), "--resume", "auto"),
     ]
+    separated = submit.build_command(parse(*start, "main_pretrain.py", "--", *FLAGS))
+    assert separated[3 : 3 + len(FLAGS)] == FLAGS
     own = ["--output_dir", "out", "--resume", "c.pth"]
     assert submit.build_command(parse(*start, "main_finetune.py", *own))[3:] == own
 
@@ -37,10 +39,11 @@ def test_command_of_a_process(tmp_path):
 def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
     for words, text in (
         (["main.py"], "invalid choice: 'main.py'"),
+        (["main_pretrain.py"], "the following arguments are required: --job_dir"),
         (["--ngpu", "x", "main_pretrain.py"], "argument --ngpus: invalid int value"),
     ):
         with pytest.raises(SystemExit):
-            parse("--job_dir", tmp_path, *words)
+            parse(*([] if "--job_dir" in text else ["--job_dir", tmp_path]), *words)
         assert text in capsys.readouterr().err
     with pytest.raises(UserError, match="--nodes is 0; it must be in"):
         submit.main(parse("--job_dir", tmp_path, "--nodes", 0, "main_pretrain.py"))
