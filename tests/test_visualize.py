@@ -22,6 +22,7 @@ from util.vis.attention_maps import (
     draw_attention,
     read_attention,
 )
+from util.vis.comparison import draw_comparison
 from util.vis.figures import (
     FORMATS,
     add_axes,
@@ -627,6 +628,42 @@ def test_gray_images_are_drawn_gray(tmp_path, image_folder):
     assert (red == green).all() and (green == blue).all()
 
 
+def test_comparison(tiny_cross, tiny_mae):
+    """Columns are those of each model's own figure, for the same masks and all masked patches."""
+    imgs = normalize(draw_pixels((32, 32)))
+    pairs = [(tiny_cross(), options_of(kept_mask_ratio=0.25)), (tiny_mae(), options_of())]
+    figure = draw_comparison(pairs, imgs, 0.5, seed=3)
+    images = [axes.images[0].get_array() for axes in figure.axes]
+    assert len(images) == 4 * len(imgs)
+    columns = [np.stack(images[i : i + len(imgs)]) for i in range(0, len(images), len(imgs))]
+    noise = draw_noise(pairs[0][0], len(imgs), 3)
+    for j, (model, args) in enumerate(pairs):
+        alone = reconstruction_columns(
+            imgs, reconstruct(model, imgs, noise, 0.5, 0.5), (4, 4), args.mean, args.std
+        )
+        for found, expected in ((0, 0), (1, 1), (2 + j, 3)):
+            assert np.array_equal(columns[found], alone[expected])
+    assert not np.array_equal(columns[2], columns[3])
+    text = texts_of(figure)
+    assert "CrossMAE kept 0.25" in text and "MAE" in text and "Light gray" not in text
+    assert_axes_do_not_overlap(figure)
+    for args, model, name in (
+        (options_of(mean=[0.1] * 3), tiny_mae(), "with mean"),
+        (options_of(), tiny_mae(norm_pix_loss=True), "norm_pix_loss"),
+        (options_of(), tiny_mae(patch_size=16), "patch grid"),
+    ):
+        with pytest.raises(UserError, match=f"{name} .* cannot be compared"):
+            draw_comparison([pairs[0], (model, args)], imgs)
+
+
+def test_comparison_command(tmp_path, image_folder):
+    paths = [write_checkpoint(tmp_path / f"{kind}.pth", kind) for kind in ("cross", "mae")]
+    out = tmp_path / "both.png"
+    draw("--checkpoint", paths[0], "--compare", paths[1], "--images", image_folder, "--out", out)
+    with Image.open(out) as image:
+        assert image.width == 4 * 320 + 3 * 16 + 2 * 16
+
+
 @pytest.mark.parametrize(
     ("kind", "flags", "message"),
     [
@@ -654,6 +691,7 @@ def test_refusals_before_anything_is_read(tmp_path):
         (["--out", "x.png", "--weights", "--images", "y"], "leave out --images"),
         (["--out", "x.png", "--weights", "--mask_ratio", 0.5], "leave out --mask_ratio"),
         (["--out", "x.png", "--attention", "--num_patches", 0], "at least 1"),
+        (["--out", "x.png", "--images", "y", "--compare", "z", "--kept_mask_ratio", 0.2], "all m"),
     ):
         with pytest.raises(ValueError, match=message):
             draw("--checkpoint", "none", *flags)

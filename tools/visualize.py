@@ -1,12 +1,14 @@
 """Draw what a pre-training checkpoint does, as a PNG, PDF or SVG file.
 
     python -m tools.visualize --checkpoint C.pth --images FILE_OR_FOLDER [more] --out grid.png
+    python -m tools.visualize --checkpoint C.pth --compare D.pth [more] --images ... --out both.png
     python -m tools.visualize --checkpoint C.pth --images ... --attention --out attention.pdf
     python -m tools.visualize --checkpoint C.pth --weights --out weights.svg
 
 The first draws reconstructions: original, masked, prediction, prediction with the visible patches.
-The second draws which patches a predicted patch attends to, the third the weights of the encoder's
-feature maps. Sizes, mean and std, norm_pix_loss and mask ratios come from the checkpoint.
+The second puts the predictions of several models side by side, the third draws which patches a
+predicted patch attends to, the fourth the weights of the encoder's feature maps. Sizes, mean and
+std, norm_pix_loss and mask ratios come from the checkpoint.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from util.run.checks import check_ranges
 from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 from util.vis.attention_maps import draw_attention
+from util.vis.comparison import draw_comparison
 from util.vis.figures import check_format, save_figure
 from util.vis.reconstruction import draw_feature_map_weights, draw_reconstructions
 
@@ -51,6 +54,8 @@ def get_args_parser() -> FlagParser:
     mode("--attention", bool, False, text)
     text = "draw the learned weights of the encoder's feature maps; needs no --images"
     mode("--weights", bool, False, text)
+    text = "further checkpoints: their predictions of all masked patches side by side"
+    mode("--compare", str, None, text, nargs="+", metavar="C")
     flag("--num_images", int, 8, "images drawn at most, spread evenly over those of --images")
     text = "ratio of masked patches; several: a block of rows each (default: the checkpoint's)"
     flag("--mask_ratio", float, None, text, nargs="+", metavar="R")
@@ -81,19 +86,27 @@ def check_args(args: argparse.Namespace) -> None:
                 raise UserError(f"--weights needs no images and no masks: leave out --{name}.")
     elif not args.images:
         raise UserError("There is nothing to draw: name images or folders with --images.")
+    if args.compare and (args.kept_mask_ratio or len(args.mask_ratio or []) > 1):
+        raise UserError("--compare predicts all masked patches, for one --mask_ratio.")
     if args.num_patches is not None and not args.attention:
         raise UserError("--num_patches belongs to --attention: add it, or leave this out.")
+
+
+def load_pretrained(checkpoint: str, args: argparse.Namespace):
+    """(model, its arguments); CheckpointError for a classifier."""
+    model, trained = load_trained(checkpoint, model=args.model)
+    if model.kind == "classifier":
+        raise CheckpointError(
+            f"{checkpoint} is a fine-tuned classifier, which predicts no pixels; give the "
+            "checkpoint that main_pretrain.py wrote."
+        )
+    return model, trained
 
 
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = choose_device(args.device, 0)
-    model, trained = load_trained(args.checkpoint, model=args.model)
-    if model.kind == "classifier":
-        raise CheckpointError(
-            f"{args.checkpoint} is a fine-tuned classifier, which predicts no pixels; give the "
-            "checkpoint that main_pretrain.py wrote."
-        )
+    model, trained = load_pretrained(args.checkpoint, args)
     if args.weights:
         figure = draw_feature_map_weights(model, args.caption)
     else:
@@ -102,7 +115,13 @@ def main(args: argparse.Namespace) -> None:
         if args.attention:
             draw = partial(draw_attention, num_patches=args.num_patches or NUM_PATCHES)
         options = args.mask_ratio, args.kept_mask_ratio, args.seed, args.caption
-        figure = draw(model.to(device), imgs, trained, *options)
+        if args.compare:
+            models = [(model, trained), *(load_pretrained(c, args) for c in args.compare)]
+            models = [(model.to(device), trained) for model, trained in models]
+            (mask_ratio,) = args.mask_ratio or [None]
+            figure = draw_comparison(models, imgs, mask_ratio, args.seed, args.caption)
+        else:
+            figure = draw(model.to(device), imgs, trained, *options)
     save_figure(figure, args.out)
     logger.info("Figure in %s", args.out)
 

@@ -12,14 +12,14 @@ pre-training and fine-tuning take together) and all (all labels, and the linear 
 import json
 import math
 import random
-import re
 import statistics
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
 import common
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_finetune
 import main_pretrain
@@ -120,21 +120,28 @@ def pretrain(flags: str, images: Path, folder: Path) -> dict:
     if not record.exists():
         paths = dict(data_path=images, output_dir=folder)
         command = f"main_pretrain.py {flags} --resume auto --save_every_minutes 3"
-        printed, _ = common.call(command, folder / "output.txt", **paths)
-        args = main_pretrain.parse_args([*command.split()[1:], f"--data_path={images}"])
-        steps = sum(1 for _ in images.rglob("*.png")) // args.batch_size
-        per_step = re.findall(r"Epoch: \[\d+\] Total time: .*\((\S+) s / it\)", printed)
+        common.call(command, folder / "output.txt", **paths)
+        args = main_pretrain.get_args_parser().parse_args(command.split()[1:])
         ratios = (args.mask_ratio, args.kept_mask_ratio)
         build = partial(build_pretrain_model, args)
         gflop, mparams = common.count_cost(build, args.input_size, ratios, args.in_chans)
         row = dict(
             losses=[round(epoch["train_loss"], 4) for epoch in common.read_log(folder)],
-            seconds_per_epoch=round(statistics.median(map(float, per_step)) * steps, 1),
+            seconds_per_epoch=round(seconds_per_epoch(folder), 1),
             mflop=round(gflop * 1000, 2),
             mparams=round(mparams, 3),
         )
         record.write_text(json.dumps(row))
     return json.loads(record.read_text())
+
+
+def seconds_per_epoch(folder: Path) -> float:
+    """Median over the run's TensorBoard points, so that an interruption does not count."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    points = [(x.step / 1000, x.wall_time) for x in events.Scalars("train_loss")]
+    pairs = [(b, a) for a, b in pairwise(sorted(points)) if b[0] > a[0]]
+    return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for b, a in pairs)
 
 
 def knn(checkpoint: Path, images: Path, log: Path, which: str = "mean") -> float:

@@ -117,9 +117,7 @@ def draw_reconstructions(
         UserError: the ratios do not fit together, or the model ignores kept_mask_ratio.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
-    enlargement = max(1, round(TILE_SIDE / max(imgs.shape[2:])))  # of small images
-    height, width = (side * enlargement for side in imgs.shape[2:])
-    pitch = max(width, COLUMN_WIDTH) + GAP
+    height, width, pitch = choose_pitch(imgs)
     figure, top, is_partial = figures.new_figure(), 0, False
     for mask_ratio in mask_ratios or [args.mask_ratio]:
         kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
@@ -140,6 +138,13 @@ def draw_reconstructions(
     window_note = figures.windows_note(figures.choose_windows(imgs, args.mean, args.std))
     sentences = notes(model, imgs.shape[1], is_partial, has_gray)
     return figures.fit(figure, caption, *sentences, window_note)
+
+
+def choose_pitch(imgs: Tensor) -> tuple[int, int, int]:
+    """Height and width of an image in the figure, and the distance of two columns, in pixels."""
+    enlargement = max(1, round(TILE_SIDE / max(imgs.shape[2:])))  # of small images
+    height, width = (side * enlargement for side in imgs.shape[2:])
+    return height, width, max(width, COLUMN_WIDTH) + GAP
 
 
 def describe(result: Reconstruction, mask_ratio: float) -> str:
