@@ -1,5 +1,6 @@
 """The tables in the documents are those that docs/results gives."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,17 @@ def test_tables_are_up_to_date(document, printed):
     for table in tables:
         name, _, body = table.partition(" -->\n")
         assert f"{name}\n\n{body}\n" in printed, f"{name}: run tables.py --write"
+
+
+def test_costs_are_those_of_the_models():
+    """FLOPs and parameters, counted on the meta device, as docs/results/cost.json has them."""
+    stored = json.loads((ROOT / "docs/results/cost.json").read_text())["rows"]
+    small = [row for row in stored if row["size"] == "S/16"]
+    assert len(small) == 7
+    code = "import cost, json; print(json.dumps([cost.measure(m, 'S/16') for m in cost.MODELS]))"
+    command = [sys.executable, "-c", code]
+    folder = ROOT / "scripts/experiments"
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    keys = ("gflop", "mparams", "known_gflop", "known_mparams")
+    found = [tuple(row[key] for key in keys) for row in json.loads(done.stdout)]
+    assert sorted(found) == sorted(tuple(row[key] for key in keys) for row in small)

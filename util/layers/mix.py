@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from util.layers.recompute import product_dtype
+
 
 def mix(weight: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
     """J weighted sums of K maps (B, N, D), weight (J, K); under autocast in its dtype.
@@ -14,9 +16,7 @@ def mix(weight: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
     One matrix product over the stacked maps; the stack is built again in backward, since a second
     copy of all feature maps would have to be kept for it.
     """
-    device = weight.device.type
-    is_mixed = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if is_mixed else weight.dtype
+    dtype = product_dtype(weight)
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return mix_stacked(weight.to(dtype), stack_as(maps, dtype))
     return Mix.apply(weight, dtype, *maps)

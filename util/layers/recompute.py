@@ -24,11 +24,17 @@ def norm_linear(norm: nn.Module, x: Tensor, linear: nn.Linear) -> Tensor:
     """linear(norm(x)) of x (B, N, D); other modules than LayerNorm are never recomputed."""
     if is_planned_elsewhere() or type(norm) is not nn.LayerNorm:
         return linear(norm(x))
-    device = x.device.type
-    is_mixed = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if is_mixed else linear.weight.dtype
+    dtype = product_dtype(linear.weight)
     params = norm.weight, norm.bias, linear.weight.to(dtype), linear.bias.to(dtype)
     return NormLinear.apply(x, norm.eps, *params)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """dtype of a matrix product with this weight: autocast's, else the weight's own."""
+    device = weight.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def is_planned_elsewhere() -> bool:
