@@ -83,10 +83,12 @@ SWEEP = {  # what changes against DATA["fashion-mnist"] and crossmae 0.25
     "lr 8e-3": "--lr 8e-3",
     "crop 0.5": "--crop_scale 0.5 1",
     "crop 0.8": "--crop_scale 0.8 1",
+    "batch 32": "--batch_size 32",
+    "pixels": "",  # without --norm_pix_loss
     "mask 0.5": "--mask_ratio 0.5 --kept_mask_ratio 0.17",
-    "mask 0.9": "--mask_ratio 0.9 --kept_mask_ratio 0.3",
     "decoder 1": "--decoder_depth 1",
     "patch 8": "--patch_size 8",
+    "mask 0.9": "--mask_ratio 0.9 --kept_mask_ratio 0.3",
 }
 
 
@@ -172,6 +174,8 @@ class Experiment:
 
         def measure(run: str) -> dict:
             flags = f"{self.flags('crossmae 0.25')} --epochs {SWEEP_EPOCHS} {SWEEP[run]}"
+            if run == "pixels":
+                flags = flags.replace("--norm_pix_loss", "")
             folder, subset = self.folder("sweep", run), self.images / "few"
             row = pretrain(flags, subset / "train", folder)
             found = knn(folder / "checkpoint.pth", subset, folder / "knn.txt")
