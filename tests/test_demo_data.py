@@ -1,6 +1,7 @@
 """tools/demo_data.py: the documented split, and how an existing folder is treated."""
 
 import gzip
+import hashlib
 import json
 import re
 import struct
@@ -153,7 +154,9 @@ def test_fashion_mnist(fashion_files, tmp_path, monkeypatch):
     assert data.labels.tolist() == sum((part.targets.tolist() for part in expected), [])
     names = [re.sub("[ /]", "_", name.lower()) for name in FashionMNIST.classes]
     assert data.class_names == names
-    small = data._replace(images=data.images[-40:], labels=data.labels[-40:], num_train=30)
+    assert data.names[::69_999] == ["fashion_0000", "fashion_69999"]
+    parts = dict(images=data.images[-40:], labels=data.labels[-40:], names=data.names[:40])
+    small = data._replace(**parts, num_train=30)
     monkeypatch.setattr(demo_data, "load_fashion_mnist", lambda folder: small)
     flags = ["--set", "fashion-mnist", "--from", str(fashion_files), "--labels_per_class", "2"]
     args = demo_data.get_args_parser().parse_args([str(tmp_path / "out"), *flags, "--draw", "1"])
@@ -166,6 +169,40 @@ def test_fashion_mnist(fashion_files, tmp_path, monkeypatch):
     with Image.open(tmp_path / "out/val/coat/fashion_0034.png") as image:
         assert image.mode == "L" and image.size == (28, 28)
         assert image.getpixel((0, 0)) == (9960 + 34) % 256
+
+
+def test_elpv(tmp_path):
+    """Four classes by defect probability; about a fifth held out, by the names alone."""
+    source, rows = tmp_path / "data", []
+    (source / "images").mkdir(parents=True)
+    levels = ["0.0", "0.3333333333333333", "0.6666666666666666", "1.0"]
+    for i in range(60):
+        Image.new("L", (300, 300), i).save(source / f"images/cell{i:04d}.png")
+        rows.append(f"images/cell{i:04d}.png  {levels[i % 4]}  {'mono' if i % 2 else 'poly'}")
+    (source / "labels.csv").write_text("\n".join(reversed(rows)) + "\n")
+    flags = ["--set", "elpv", "--from", str(source), "--labels_per_class", "1"]
+    demo_data.main(demo_data.get_args_parser().parse_args([str(tmp_path / "out"), *flags]))
+    files = relative_files(tmp_path / "out") - {"demo_data.json"}
+    expected = set()
+    for i in range(60):
+        name = f"cell{i:04d}.png"
+        held_out = int.from_bytes(hashlib.sha256(name.encode()).digest(), "big") % 5 == 0
+        label = ("defect_000", "defect_033", "defect_067", "defect_100")[i % 4]
+        expected.add(f"{'val' if held_out else 'train'}/{label}/{name}")
+    assert {path for path in files if not path.startswith("few")} == expected
+    assert 5 <= sum(path.startswith("val") for path in expected) <= 20
+    (path,) = tmp_path.glob("out/*/defect_033/cell0005.png")
+    with Image.open(path) as image:
+        assert image.mode == "L" and image.size == (300, 300) and image.getpixel((9, 9)) == 5
+    (source / "images/cell0007.png").unlink()
+    with pytest.raises(UserError, match="cell0007.*--from must name"):
+        image_set.load_elpv(source)
+
+
+def test_elpv_without_its_package(monkeypatch):
+    monkeypatch.setattr(image_set, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install elpv-dataset"):
+        image_set.load_elpv()
 
 
 def test_draws_of_few_labels_differ():
@@ -184,7 +221,9 @@ def test_draws_of_few_labels_differ():
     [
         (["--set", "fashion-mnist"], "needs --from DIR or --download"),
         (["--set", "fashion-mnist", "--from", "x", "--download"], "one of them"),
-        (["--from", "x"], "belong to --set fashion-mnist"),
+        (["--from", "x"], "--from to that or --set elpv"),
+        (["--set", "elpv", "--download"], "--download belongs to --set fashion-mnist"),
+        (["--set", "elpv", "--from", "nowhere"], "Cannot read the solar cells in nowhere"),
         (["--set", "fashion-mnist", "--from", "nowhere"], "Cannot read nowhere/train-images"),
         (["--draw", "-1"], "--draw is -1"),
     ],

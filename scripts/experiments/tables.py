@@ -13,10 +13,11 @@ import statistics
 import ablations
 import common
 import cost
+import small_data
 import speed
 from pretraining_helps import ALL_ARMS, DATA
 
-DOCUMENTS = ("docs/experiments.md", "docs/performance.md")
+DOCUMENTS = ("docs/experiments.md", "docs/performance.md", "docs/recipes.md")
 COMPARED = ["scratch", "scratch, long", "mae", "crossmae 0.25"]  # with crossmae 0.75
 
 
@@ -86,6 +87,44 @@ def seconds_table(data: str) -> str:
     return table(["pre-training", *measured], [["seconds", *measured.values()]])
 
 
+def sweep_table() -> str:
+    rows = {row["run"]: row for row in rows_of("sweep")}
+    body = [
+        [run, f"{row['mflop']:.1f}", f"{row['seconds_per_epoch']:.0f}"]
+        + [f"{row['losses'][-1]:.3f}", f"{row['knn']:.1f}"]
+        for run in small_data.SWEEP
+        if (row := rows.get(run))
+    ]
+    return table(["run", "MFLOP", "seconds per epoch", "last loss", "kNN, %"], body)
+
+
+def small_pretraining_table(data: str) -> str:
+    body = []
+    for arm in small_data.ARMS:
+        for row in rows_of("small_pretraining", data=data, arm=arm):
+            costs = [f"{row['mflop']:.1f}", f"{row['seconds_per_epoch']:.0f}"]
+            found = [f"{row['losses'][-1]:.3f}", f"{row['knn']:.1f}", f"{row['knn_cls']:.1f}"]
+            body.append([arm, *costs, *found])
+    head = ["MFLOP", "seconds per epoch", "last loss", "kNN, mean feature", "kNN, class token"]
+    return table(["pre-training", *head], body)
+
+
+def small_finetuning_table(data: str, key: str) -> str:
+    """Mean ± std over draws of few labels; key: acc1 or mean_class."""
+    rows = rows_of("small_finetuning", data=data)
+    columns = {"linear probe, all": ("probe", "all")}
+    columns |= {f"{n} per class": ("fine-tuning", n) for n in small_data.DATA[data].labels}
+    columns["all labels"] = ("fine-tuning", "all")
+    body = []
+    for arm in [*small_data.ARMS, "scratch", "scratch, total"]:
+        cells = [
+            mean_std([r[key] for r in rows if (r["task"], r["labels"], r["arm"]) == (*column, arm)])
+            for column in columns.values()
+        ]
+        body.append([arm, *cells])
+    return table([{"acc1": "accuracy, %", "mean_class": "balanced, %"}[key], *columns], body)
+
+
 def ablation_table() -> str:
     body = []
     for run in ablations.RUNS:
@@ -145,6 +184,10 @@ def main(write: bool) -> None:
         tables[f"accuracy {data}"] = accuracy_table(data)
         tables[f"pairs {data}"] = pairs_table(data)
         tables[f"seconds {data}"] = seconds_table(data)
+    tables["sweep"] = sweep_table()
+    for data, key in (("fashion-mnist", "acc1"), ("elpv", "mean_class")):
+        tables[f"pre-training {data}"] = small_pretraining_table(data)
+        tables[f"fine-tuning {data}"] = small_finetuning_table(data, key)
     tables |= {"ablations": ablation_table(), "cost": cost_table(), "speed": speed_table()}
     tables |= {"reading": reading_table(), "parity": parity_table()}
     for name, text in tables.items():
