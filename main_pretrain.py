@@ -16,6 +16,7 @@ from util.data.transforms import PRETRAIN_CROP_SCALE
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.eval.knn import OnlineKnn
+from util.io.pretrained import read_pretrained
 from util.layers.attention import get_attention_backend
 from util.layers.vit import compile_model
 from util.lr_decay import param_groups_weight_decay
@@ -106,7 +107,7 @@ def add_training_flags(flag) -> None:
         "(default: 0, never)"
     )
     flag("--knn_every", int, 0, text, metavar="N")
-    flag("--knn_data", str, "", "folder with train/ and val/ for --knn_every", metavar="DIR")
+    flag("--knn_data", str, "", "folder or URL with train/ and val/ for --knn_every", metavar="DIR")
     text = "passed to DDP; set automatically where --use_fm leaves encoder blocks unused"
     flag("--find_unused_parameters", bool, False, text)
 
@@ -171,8 +172,11 @@ def main(args) -> None:
     checkpoint = resolve_resume(args)
     if args.replay:
         write_nothing(args)
-    if checkpoint is not None:
-        adopt_input(args, get_args_parser(), checkpoint.get("args", {}), args.resume)
+    pretrained = read_pretrained(args.init_from) if args.init_from and not args.resume else None
+    for file, source in ((checkpoint, args.resume), (pretrained, args.init_from)):
+        if file is not None:
+            stored, may_differ = file.get("args", {}), file is pretrained
+            adopt_input(args, get_args_parser(), stored, source, may_differ)
     set_mean_std(args)
     args.data_path = localize(args.data_path, args.shard_cache, "train", "", any_part=True)
     dataset = build_pretrain_dataset(args)  # before the model: mistakes show at once
@@ -181,8 +185,9 @@ def main(args) -> None:
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attention = get_attention_backend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_pretrain_model(args, attention)
-    if args.init_from and not args.resume:
-        init_from(model, args.init_from)
+    if pretrained is not None:
+        init_from(model, args.init_from, pretrained)
+        del pretrained
     prepare_output(args)
     lock = lock_output_dir(args)  # noqa: F841 (held while this function runs)
     lr_text = set_lr(args, *lr_scale(args))

@@ -283,7 +283,7 @@ def test_other_sizes_are_refused(options, text, native, tiny_vit, tiny_cross):
 
 
 def test_runs_start_from_a_folder(tmp_path, image_folder, capsys):
-    """--init_from and --finetune on the command line; --finetune takes the mean, too."""
+    """--init_from and --finetune on the command line, with the size and mean of the folder."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, image_size=16)
     config = transformers.ViTMAEConfig(**sizes, intermediate_size=512, patch_size=4)
@@ -292,10 +292,15 @@ def test_runs_start_from_a_folder(tmp_path, image_folder, capsys):
     (tmp_path / "hub" / "preprocessor_config.json").write_text(json.dumps(processor))
     flags = ["--data_path", str(image_folder), "--epochs", "1", "--warmup_epochs", "0"]
     flags += "--batch_size 4 --num_workers 0 --device cpu".split()
-    pretrain = ["--model", "mae_vit_mini_patch4", "--input_size", "16", "--cross_mae"]
-    pretrain += ["--decoder_depth", "1", "--init_from", str(tmp_path / "hub")]
+    pretrain = ["--model", "mae_vit_mini_patch4", "--cross_mae", "--decoder_depth", "1"]
+    pretrain += ["--init_from", str(tmp_path / "hub"), "--output_dir", str(tmp_path / "pre")]
     main_pretrain.main(main_pretrain.get_args_parser().parse_args(pretrain + flags))
     assert "tensors; decoder: newly initialized" in capsys.readouterr().out
+    args = json.loads((tmp_path / "pre" / "run.json").read_text())["args"]
+    assert args["mean"] == MEAN and args["std"] == STD and args["input_size"] == 16
+    own = ["--mean", "0.1", "--output_dir", ""]
+    main_pretrain.main(main_pretrain.get_args_parser().parse_args(pretrain + flags + own))
+    assert f"--mean is [0.1], {tmp_path / 'hub'} was trained with" in capsys.readouterr().out
     flags += ["--model", "vit_mini_patch4", "--output_dir", str(tmp_path / "run")]
     main_finetune.main(main_finetune.parse_args([*flags, "--finetune", str(tmp_path / "hub")]))
     assert "Matched 76 of 76 encoder tensors" in capsys.readouterr().out

@@ -22,11 +22,13 @@ from PIL import Image
 from processes import FINETUNE, PRETRAIN, SAVE_EVERY_STEP, fork_server, read_log
 from test_labels import pack
 
+import main_pretrain
 from tools import knn
 from util.data import remote, shard_copy
 from util.data.remote import localize, run_together
 from util.data.shards import read_shards
 from util.data.sources import list_pretrain_images
+from util.eval.knn import OnlineKnn
 from util.io.errors import UserError
 
 PATTERN = "memory://bucket/set-{0000..0002}.tar"
@@ -388,6 +390,18 @@ def test_fine_tuning_from_a_listed_folder(shards, tmp_path):
         assert run.wait(120) == 0, run.text()
         assert tar_requests(server) == ["/train/part-0000.tar", "/val/part-0000.tar"]
         assert "24 training and 24 validation images of 2 classes" in run.text()
+
+
+def test_data_of_online_knn(bucket, tmp_path):
+    """--knn_data at a URL is copied as --data_path is; the flag alone allows --shard_cache."""
+    flags = ["--data_path", ".", "--knn_every", "1", "--knn_data", "memory://bucket"]
+    flags += ["--shard_cache", str(tmp_path)]
+    args = main_pretrain.get_args_parser().parse_args(flags)
+    main_pretrain.check_args(args)
+    online = OnlineKnn(args)
+    assert online.classes == ["a", "b"] and sorted(bucket) == ["part-0000.tar"] * 2
+    assert [len(split) for split in online.splits] == [24, 24]
+    assert (tmp_path / "memory/bucket/val/part-0000.tar").is_file()
 
 
 @needs_aiohttp

@@ -124,13 +124,16 @@ def check_architecture(model: nn.Module, checkpoint: dict, source: str) -> None:
             )
 
 
-def init_from(model: nn.Module, source: str) -> None:
+def init_from(model: nn.Module, source: str, checkpoint: dict | None = None) -> None:
     """--init_from: load the whole encoder, and the decoder if all of it fits.
+
+    Args:
+        checkpoint: what read_pretrained(source) gave.
 
     Raises:
         CheckpointError: the encoder is not that of the model.
     """
-    checkpoint = read_pretrained(source)
+    checkpoint = checkpoint or read_pretrained(source)
     check_architecture(model, checkpoint, source)
     weights, own = weights_of(checkpoint, source), model.state_dict()
     check_encoder(own, weights)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.data.labels import check_same_classes, list_labeled
+from util.data.remote import localize
 from util.distributed import all_gather_rows, all_reduce_sum
 from util.eval.inference import build_inference_loader, run_features
 
@@ -104,11 +105,13 @@ class OnlineKnn:
             args: those of the run; images go through the evaluation transform of its input size.
 
         Raises:
-            UserError: --knn_data is not a folder with train/ and val/.
+            UserError: --knn_data is not a folder with train/ and val/, or is a URL that cannot be
+                copied.
         """
         self.args = args
         if args.knn_every:
-            self.classes, *self.splits = list_splits(args.knn_data)
+            data = localize(args.knn_data, args.shard_cache, "train", "val")
+            self.classes, *self.splits = list_splits(data)
 
     def measure(self, model, epoch: int, amp_dtype, writer=None) -> dict[str, float]:
         """knn_acc1 and knn_acc5 after this epoch, in percent; {} where it is not due.

@@ -131,7 +131,8 @@ def data_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
         ),
         (
             bool(getattr(args, "shard_cache", None))
-            and "://" not in (getattr(args, "predict", "") or args.data_path),
+            and "://" not in (getattr(args, "predict", "") or args.data_path)
+            and "://" not in (getattr(args, "knn_data", "") or ""),
             "--shard_cache is for tar files at a URL: leave it out.",
         ),
         (
