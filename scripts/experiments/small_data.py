@@ -65,7 +65,7 @@ DATA = {
     ),
     "elpv": Data(
         write="-m tools.demo_data --set elpv",
-        flags="--input_size 128 --patch_size 16 --in_chans 1 --mean 0.5 --std 0.25",
+        flags="--input_size 128 --patch_size 16 --in_chans 1 --mean 0.597 --std 0.161",
         pretrain="--model mae_vit_mini_patch4 --batch_size 64 --warmup_epochs 5 --lr 2e-3",
         epochs=100,
         every=20,
