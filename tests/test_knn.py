@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from processes import find_differences, read_steps, uninterrupted_run
+from sklearn.neighbors import KNeighborsClassifier
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import main_pretrain
 from models_vit import vit_mini_patch4
 from tools import knn
+from util.data.transforms import build_transform
 from util.eval.knn import count_correct, find_nearest, list_splits, measure_knn, vote
 from util.io.checkpoint_file import read_checkpoint
 
@@ -151,6 +155,29 @@ def test_command_line(tmp_path):
     facts = json.loads(lines[-1])
     assert facts["which"] == "cls" and facts["train"] == facts["val"] == 12
     assert facts["knn"][1] == {"k": 3, "acc1": 100.0, "acc5": 100.0}
+
+
+def test_all_patches_as_one_feature(image_folder, tmp_path, capsys):
+    """Against scikit-learn's nearest neighbor on the concatenated patch tokens."""
+    torch.manual_seed(0)
+    model = vit_mini_patch4(img_size=32, patch_size=16, num_classes=2).eval()
+    args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
+    flags = ["--checkpoint", tmp_path / "c.pth", "--data_path", image_folder, "--k", 1]
+    flags += ["--which", "patches", "--num_workers", 0, "--device", "cpu", "--json"]
+    knn.main(knn.get_args_parser().parse_args(list(map(str, flags))))
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    options = Namespace(input_size=32, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    transform, parts = build_transform(False, options), []
+    for split in ("train", "val"):
+        files = sorted((image_folder / split).glob("*/*"))
+        imgs = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+        with torch.no_grad():
+            tokens = model.forward_features(imgs).patches
+        parts.append((tokens.reshape(8, 4 * 128), [file.parent.name for file in files]))
+    nearest = KNeighborsClassifier(1, metric="cosine").fit(*parts[0])
+    assert facts["knn"][0]["acc1"] == 100 * nearest.score(*parts[1])
+    assert facts["which"] == "patches"
 
 
 PRETRAIN = "--model mae_vit_mini_patch4 --cross_mae --weight_fm --decoder_depth 1 --epochs 3"

@@ -48,8 +48,14 @@ def get_args_parser() -> FlagParser:
     text = "numbers of neighbors (default: 1 5 10 20 100)"
     flag("--k", int, [1, 5, 10, 20, 100], text, nargs="+")
     flag("--temperature", float, 0.07, "T of the vote")
-    text = "class token or mean of the patches (default: what the model's head reads; of a "
-    flag("--which", str, None, text + "pre-training checkpoint cls)", choices=["cls", "mean"])
+    text = "class token, mean of the patches, or all patches (default: what the head reads; of a "
+    flag(
+        "--which",
+        str,
+        None,
+        text + "pre-training checkpoint cls)",
+        choices=["cls", "mean", "patches"],
+    )
     flag("--json", bool, False, "end with all results as one line of JSON")
     add_inference_flags(parser, batch_size=256)
     return parser
@@ -86,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
 
     def features(samples, title):
         loader = build_inference_loader(samples, classes, trained)
-        return run_features(model, loader, which, trained.device, trained.amp_dtype, title)
+        found = run_features(model, loader, which, trained.device, trained.amp_dtype, title)
+        return ((x.flatten(1), y) for x, y in found)  # patches (B, L, D): one long feature
 
     bank, labels = (torch.cat(parts) for parts in zip(*features(train, "train"), strict=True))
     queries = features(val, "val")

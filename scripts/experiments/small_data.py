@@ -203,12 +203,12 @@ class Experiment:
                 which: knn(
                     folder / "checkpoint.pth", self.images, folder / f"knn-{which}.txt", which
                 )
-                for which in ("mean", "cls")
+                for which in ("mean", "cls", "patches")
             }
-            return row | dict(knn=whole["mean"], knn_cls=whole["cls"], curve=curve)
+            return row | dict(knn=whole, curve=curve)
 
         results = common.Results("small_pretraining", "data", "arm")
-        results.measure(measure, [(self.name, arm) for arm in ARMS], self.args.jobs)
+        results.measure(measure, [(self.name, arm) for arm in self.args.arms], self.args.jobs)
 
     def finetune(self, task: str, arm: str, labels: int | str, draw: int) -> dict:
         """One fine-tuning run or linear probe; accuracies after its last epoch."""
@@ -261,7 +261,7 @@ class Experiment:
         results.measure(lambda _, *key: self.finetune(*key), keys, self.args.jobs)
 
     def few(self) -> None:
-        arms, labels = [*ARMS, "scratch"], self.data.labels
+        arms, labels = [*self.args.arms, "scratch"], self.data.labels
         runs = [(arm, n, draw) for draw in self.draws for n in labels for arm in arms]
         self.measure("fine-tuning", runs)
 
@@ -269,8 +269,8 @@ class Experiment:
         self.measure("fine-tuning", [("scratch, total", n, 0) for n in self.data.total])
 
     def all(self) -> None:
-        self.measure("probe", [(arm, "all", 0) for arm in ARMS])
-        arms = [*ARMS, "scratch", "scratch, total"]
+        self.measure("probe", [(arm, "all", 0) for arm in self.args.arms])
+        arms = [*self.args.arms, "scratch", "scratch, total"]
         self.measure("fine-tuning", [(arm, "all", 0) for arm in arms])
 
 
@@ -280,6 +280,7 @@ if __name__ == "__main__":
     flag("--data", str, [*DATA], "data sets", choices=[*DATA], nargs="+")
     flag("--from", str, "", "folder of the data's files", dest="source", metavar="DIR")
     flag("--stages", str, STAGES, "what to measure, in this order", choices=STAGES, nargs="+")
+    flag("--arms", str, [*ARMS], "pre-training runs", choices=[*ARMS], nargs="+")
     flag("--draws", int, 3, "draws of few labels")
     args = parser.parse_args()
     for name in args.data:

@@ -103,9 +103,10 @@ def small_pretraining_table(data: str) -> str:
     for arm in small_data.ARMS:
         for row in rows_of("small_pretraining", data=data, arm=arm):
             costs = [f"{row['mflop']:.1f}", f"{row['seconds_per_epoch']:.0f}"]
-            found = [f"{row['losses'][-1]:.3f}", f"{row['knn']:.1f}", f"{row['knn_cls']:.1f}"]
-            body.append([arm, *costs, *found])
-    head = ["MFLOP", "seconds per epoch", "last loss", "kNN, mean feature", "kNN, class token"]
+            knn = [f"{row['knn'][which]:.1f}" for which in ("mean", "cls", "patches")]
+            body.append([arm, *costs, f"{row['losses'][-1]:.3f}", *knn])
+    head = ["MFLOP", "seconds per epoch", "last loss"]
+    head += ["kNN, mean of patches", "kNN, class token", "kNN, all patches"]
     return table(["pre-training", *head], body)
 
 
