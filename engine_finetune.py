@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.distributed import all_reduce_max, all_reduce_sum, sync_gradients
+from util.layers.casts import CastWeights
 from util.lr_sched import adjust_learning_rate
 from util.metrics import MetricLogger
 from util.optim import autocast, choose_amp_dtype
@@ -48,6 +49,7 @@ def train_one_epoch(
         Interrupted: on every rank, after saving, once any rank got a stop signal.
     """
     model.train()
+    forward = CastWeights(model)
     optimizer.zero_grad(set_to_none=True)
     log = TrainLog(epoch, data_loader, "loss", log_writer, loss_scaler, args, state)
 
@@ -62,7 +64,7 @@ def train_one_epoch(
 
         with sync_gradients(model, is_step):
             with autocast(device, loss_scaler.amp_dtype):
-                logits = model(imgs)
+                logits = forward(imgs)
             loss = criterion(logits.float(), labels)
             grad_norm = loss_scaler(
                 loss / args.accum_iter, optimizer, max_norm, update_grad=is_step

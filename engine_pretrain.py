@@ -1,6 +1,7 @@
 """One epoch of pre-training, for MAE and CrossMAE alike."""
 
 from util.distributed import sync_gradients
+from util.layers.casts import CastWeights
 from util.lr_sched import adjust_learning_rate
 from util.optim import autocast
 from util.run.train_log import TrainLog
@@ -35,6 +36,7 @@ def train_one_epoch(
         Interrupted: on every rank, after saving, once any rank got a stop signal.
     """
     model.train()
+    forward = CastWeights(model)
     optimizer.zero_grad(set_to_none=True)
     clip_grad = getattr(args, "clip_grad", None)
     log = TrainLog(epoch, data_loader, "train_loss", log_writer, loss_scaler, args, state)
@@ -47,7 +49,9 @@ def train_one_epoch(
 
         with sync_gradients(model, is_step):
             with autocast(device, loss_scaler.amp_dtype):
-                loss = model(imgs, mask_ratio=args.mask_ratio, kept_mask_ratio=args.kept_mask_ratio)
+                loss = forward(
+                    imgs, mask_ratio=args.mask_ratio, kept_mask_ratio=args.kept_mask_ratio
+                )
             grad_norm = loss_scaler(
                 loss / args.accum_iter, optimizer, clip_grad, update_grad=is_step
             )

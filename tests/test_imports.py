@@ -23,7 +23,7 @@ ROOMS = {
     "util.run": "util.io util",
     "util.data": "util.io util util.run",
     "util.datasets": "util.io util util.data",
-    "engine": "util.io util util.run",
+    "engine": "util.io util util.layers util.run",
     "util.build": "util.io util util.layers util.run models",
     "util.hub": "util.io util util.layers util.build models",
     "hubconf": "util.hub",

@@ -13,6 +13,7 @@ from tools.reference import reference_loss
 from util.build import find_factory
 from util.io.checkpoint_file import write_checkpoint
 from util.layers.attention import get_attention_backend
+from util.layers.casts import CastWeights
 from util.layers.masking import num_visible_and_predicted
 from util.layers.vit import compile_model
 from util.lr_decay import param_groups_weight_decay
@@ -75,10 +76,11 @@ def build_losses(model: nn.Module, args, device: torch.device, amp_dtype: torch.
     noise = torch.rand(args.batch_size, model.patch_embed.num_patches, device=device)
     ratios = args.mask_ratio, args.kept_mask_ratio
     num_visible_and_predicted(noise.shape[1], *ratios)
+    forward = CastWeights(model)
 
     def loss() -> Tensor:
         with autocast(device, amp_dtype):
-            return model(imgs, *ratios, noise=noise)
+            return forward(imgs, *ratios, noise=noise)
 
     def loss_by_reference() -> Tensor:
         with autocast(device, amp_dtype):

@@ -64,6 +64,8 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if func.overloadpacket.__name__ == "_foreach_copy_":
+            outputs, inputs = args[0], args[1]
         if func.is_view or not outputs or is_free(func, inputs, outputs):
             return out
         if func.overloadpacket.__name__ in ("copy_", "fill_", "zero_"):
