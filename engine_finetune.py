@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from util.casts import CastWeights
 from util.distributed import all_reduce_max, all_reduce_sum, sync_gradients
-from util.layers.casts import CastWeights
 from util.lr_sched import adjust_learning_rate
 from util.metrics import MetricLogger
 from util.optim import autocast, choose_amp_dtype

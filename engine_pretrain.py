@@ -1,7 +1,7 @@
 """One epoch of pre-training, for MAE and CrossMAE alike."""
 
+from util.casts import CastWeights
 from util.distributed import sync_gradients
-from util.layers.casts import CastWeights
 from util.lr_sched import adjust_learning_rate
 from util.optim import autocast
 from util.run.train_log import TrainLog

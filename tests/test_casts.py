@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models_vit import VisionTransformer
-from util.layers.casts import CastWeights, find_weights
+from util.casts import CastWeights
 from util.layers.vit import compile_model
 
 
@@ -54,7 +54,7 @@ def run(model, call, dtype, recompute="none"):
 def test_outputs_and_gradients_are_those_of_autocast(model, dtype, recompute):
     """Bit for bit, also of weights without a gradient; with a conversion for all of them."""
     expected, gradients = run(model, model, dtype, recompute)
-    shapes = {x.shape for x in find_weights(model).values()}
+    shapes = {x.shape for x in model.weights_to_cast().values()}
     with CountCasts(shapes) as counts:
         found, own = run(model, CastWeights(model), dtype, recompute)
     assert found.equal(expected) and found.dtype == expected.dtype
@@ -65,7 +65,7 @@ def test_outputs_and_gradients_are_those_of_autocast(model, dtype, recompute):
     assert counts.together == 2
     with CountCasts(shapes) as autocasts:
         run(model, model, dtype, recompute)
-    assert autocasts.single - counts.single >= len(find_weights(model))
+    assert autocasts.single - counts.single >= len(model.weights_to_cast())
 
 
 def test_where_it_does_nothing(model):

@@ -11,9 +11,9 @@ import models_mae
 from tools.measure import Timer, compare, count_flops, matmul_flops_per_s, peak_memory
 from tools.reference import reference_loss
 from util.build import find_factory
+from util.casts import CastWeights
 from util.io.checkpoint_file import write_checkpoint
 from util.layers.attention import get_attention_backend
-from util.layers.casts import CastWeights
 from util.layers.masking import num_visible_and_predicted
 from util.layers.vit import compile_model
 from util.lr_decay import param_groups_weight_decay

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from util.layers.recompute import product_dtype
+from util.casts import product_dtype
 
 
 def mix(weight: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:

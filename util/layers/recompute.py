@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from util.casts import product_dtype
+
 
 def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     """linear(gelu(x)) of x (B, N, D); x has the type that the product is done in."""
@@ -27,14 +29,6 @@ def norm_linear(norm: nn.Module, x: Tensor, linear: nn.Linear) -> Tensor:
     dtype = product_dtype(linear.weight)
     params = norm.weight, norm.bias, linear.weight.to(dtype), linear.bias.to(dtype)
     return NormLinear.apply(x, norm.eps, *params)
-
-
-def product_dtype(weight: Tensor) -> torch.dtype:
-    """dtype of a matrix product with this weight: autocast's, else the weight's own."""
-    device = weight.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 def is_planned_elsewhere() -> bool:

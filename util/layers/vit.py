@@ -106,6 +106,23 @@ class ViTBackbone(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
+    def weights_to_cast(self) -> dict[str, nn.Parameter]:
+        """Trained weights of the blocks' linear layers by name; see util.casts.CastWeights.
+
+        None where a compiler fuses the casts, or blocks are recomputed and cast again.
+        """
+        if self.grad_checkpointing or any(m._compiled_call_impl for m in self.modules()):
+            return {}
+        return {
+            f"{prefix}.{name}.{kind}": param
+            for prefix, block in self.named_modules()
+            if isinstance(block, Block | CrossAttentionBlock)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+            for kind, param in module.named_parameters()
+            if param.requires_grad
+        }
+
     def set_recompute(self, policy: str) -> None:
         """Choose what backward computes again instead of keeping it.
 

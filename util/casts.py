@@ -1,4 +1,4 @@
-"""Under autocast, cast the weights of all blocks at once instead of one by one.
+"""Under autocast, cast the weights of a model at once instead of one by one.
 
 Autocast casts every weight and bias where it is used, and its gradient back: for a ViT-B with its
 decoder, 432 small kernels in a training step. The values are the same here, bit for bit.
@@ -9,22 +9,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from util.layers.blocks import Block, CrossAttentionBlock
-from util.layers.recompute import product_dtype
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """dtype of a matrix product with this weight: autocast's, else the weight's own."""
+    device = weight.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 class CastWeights:
-    """Call a model with the weights of its blocks in autocast's dtype.
+    """Call a model with the weights that its `weights_to_cast` names in autocast's dtype.
 
-    Only where that saves something: a compiler fuses the casts, under DDP all gradients would
-    arrive at the end of backward instead of during it, and recomputed blocks cast again.
+    Models without that method are called as they are, and so is DDP, where all gradients would
+    arrive at the end of backward instead of during it.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        is_compiled = any(x._compiled_call_impl is not None for x in model.modules())
-        is_plain = not is_compiled and not getattr(model, "grad_checkpointing", True)
-        self.weights = find_weights(model) if is_plain else {}
+        self.weights = getattr(model, "weights_to_cast", dict)()
 
     def __call__(self, *inputs, **options):
         """model(*inputs, **options)."""
@@ -34,19 +37,6 @@ class CastWeights:
             return self.model(*inputs, **options)
         casts = dict(zip(self.weights, CastTogether.apply(dtype, *weights), strict=True))
         return functional_call(self.model, casts, inputs, options, tie_weights=False)
-
-
-def find_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Trained weights and biases of the linear layers in the blocks, by name."""
-    return {
-        f"{prefix}.{name}.{kind}": param
-        for prefix, block in model.named_modules()
-        if isinstance(block, Block | CrossAttentionBlock)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-        for kind, param in module.named_parameters()
-        if param.requires_grad
-    }
 
 
 class CastTogether(torch.autograd.Function):
