@@ -18,7 +18,6 @@ import speed
 from pretraining_helps import ALL_ARMS, DATA
 
 DOCUMENTS = ("docs/experiments.md", "docs/performance.md", "docs/recipes.md")
-COMPARED = ["scratch", "scratch, long", "mae", "crossmae 0.25"]  # with crossmae 0.75
 
 
 def rows_of(name: str, **key) -> list[dict]:
@@ -67,24 +66,6 @@ def accuracy_table(data: str) -> str:
     body = [[a, *(mean_std([*m[a].values()]) for m in measures.values())] for a in ALL_ARMS]
     seeds = [str(max(len(seeds) for seeds in m.values())) for m in measures.values()]
     return table(["accuracy, %", *measures], [*body, ["seeds", *seeds]])
-
-
-def pairs_table(data: str) -> str:
-    """Differences of two arms over the seeds that both have."""
-
-    def difference(measure: dict[str, dict[int, float]], a: str, b: str) -> str:
-        seeds = measure[a].keys() & measure[b].keys()
-        return mean_std([measure[a][seed] - measure[b][seed] for seed in seeds])
-
-    measures, a = measures_of(data), "crossmae 0.75"
-    body = [[f"{a} − {b}", *(difference(m, a, b) for m in measures.values())] for b in COMPARED]
-    return table(["paired difference", *measures], body)
-
-
-def seconds_table(data: str) -> str:
-    rows = {arm: rows_of("pretraining", data=data, arm=arm) for arm in ALL_ARMS}
-    measured = {arm: median_range(found) for arm, found in rows.items() if found}
-    return table(["pre-training", *measured], [["seconds", *measured.values()]])
 
 
 def sweep_table() -> str:
@@ -183,8 +164,6 @@ def main(write: bool) -> None:
     tables = {}
     for data in DATA:
         tables[f"accuracy {data}"] = accuracy_table(data)
-        tables[f"pairs {data}"] = pairs_table(data)
-        tables[f"seconds {data}"] = seconds_table(data)
     tables["sweep"] = sweep_table()
     for data, key in (("fashion-mnist", "acc1"), ("elpv", "mean_class")):
         tables[f"pre-training {data}"] = small_pretraining_table(data)
