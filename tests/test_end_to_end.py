@@ -227,14 +227,16 @@ def test_new_run_moves_files_of_previous_run(image_folder, tmp_path, capsys):
 
 
 @pytest.mark.slow  # compiles on two ranks: one to three minutes
-def test_compiled_training_matches_uncompiled_losses(image_folder, tmp_path):
+@pytest.mark.parametrize("what", ["blocks", "whole"])
+def test_compiled_training_matches_uncompiled_losses(what, image_folder, tmp_path):
     """Two ranks, accumulation, partial prediction; an uncompiled run resumes a compiled one."""
     losses = {}
-    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+    for name, flags in (("plain", []), ("compiled", ["--compile", what])):
         run_flags = [*PRETRAIN, *CROSS, "--kept_mask_ratio", "0.25", "--accum_iter", "2", *flags]
         data = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / name)]
         out = run_script("main_pretrain.py", *run_flags, *data, num_ranks=2)
         assert ("First step:" in out) == (name == "compiled")
+        assert "run uncompiled" not in out  # no rank fell back
         log = (tmp_path / name / "log.txt").read_text().splitlines()
         losses[name] = [json.loads(line)["train_loss"] for line in log]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
