@@ -229,6 +229,8 @@ def test_suggested_commands_are_valid(
         assert args.in_chans == chans == len(args.mean)
         used = patch or int(re.search(r"\d+$", model)[0])
         assert all(side % used == 0 for side in np.atleast_1d(size))
+        if prefix == "mae_vit_":  # the measured recipe is for the smallest model
+            assert (args.lr, args.decoder_depth) == ((2e-3, 4) if "mini" in model else (None, 8))
 
 
 def test_default_mean_needs_no_flag(capsys, tmp_path):

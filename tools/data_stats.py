@@ -153,6 +153,8 @@ def suggest_commands(path: Path, stats, num_train: int, can_finetune: bool) -> l
         shared += ["--batch_size", str(max(1, num_train // 10))]
     pretrain = ["python", "main_pretrain.py", "--model", f"mae_vit_{model}", *shared]
     pretrain += ["--cross_mae", "--weight_fm", "--use_input", "--norm_pix_loss"]
+    if model.startswith("mini"):
+        pretrain += "--lr 2e-3 --kept_mask_ratio 0.25 --decoder_depth 4".split()  # docs/recipes.md
     commands = [[*pretrain, "--output_dir", "output/pretrain"]]
     if can_finetune:
         finetune = ["python", "main_finetune.py", "--model", f"vit_{model}", *shared]
