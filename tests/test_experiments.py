@@ -17,7 +17,9 @@ def printed() -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("document", ["docs/experiments.md", "docs/performance.md"])
+@pytest.mark.parametrize(
+    "document", ["docs/experiments.md", "docs/performance.md", "docs/recipes.md"]
+)
 def test_tables_are_up_to_date(document, printed):
     """Every marked table is printed by the script, line for line."""
     text = (ROOT / document).read_text()
