@@ -59,9 +59,9 @@ def draw_comparison(
             place = j * pitch, top + i * (height + GAP)
             figures.add_image(figure, image, *place, width, height)
     losses = ", ".join(f"{result.loss:.3f}" for result in results)
-    sentences = notes(first, imgs.shape[1], False, are_gray(columns[0]).any())
+    _, *sentences = notes(first, imgs.shape[1], False, are_gray(columns[0]).any())
     window_note = figures.windows_note(figures.choose_windows(imgs, args.mean, args.std))
-    masked = f"Mask ratio {mask_ratio:g}, loss of all masked patches: {losses}."
+    masked = f"Mask ratio {mask_ratio:g} (gray); loss over all masked patches: {losses}."
     return figures.fit(figure, caption, masked, *sentences, window_note)
 
 
