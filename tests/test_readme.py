@@ -50,7 +50,11 @@ def program_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
     if words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
 
-        launch = get_args_parser().parse_args(words[1:])
+        parser = get_args_parser()
+        if "--shutdown-timeout" in words and "--shutdown-timeout" not in parser.format_help():
+            i = words.index("--shutdown-timeout")  # PyTorch 2.11 does not know it
+            words = words[:i] + words[i + 2 :]
+        launch = parser.parse_args(words[1:])
         return launch.training_script, launch.training_script_args
     if words[0] == "python":
         if words[1] == "-m":

@@ -5,6 +5,7 @@ import sys
 from functools import partial
 
 import pytest
+import timm
 import torch
 from conftest import CLASSES, ENCODER, STD
 from PIL import Image
@@ -81,6 +82,8 @@ def test_timm_folder_opens(kind, save, tmp_path):
     if kind != "vit_gray":
         img = Image.effect_noise((70, 50), 60).convert("RGB")
         processor = transformers.AutoImageProcessor.from_pretrained(str(out))
+        if "bicubic" not in repr(processor.val_transforms.transforms[0]):
+            pytest.skip(f"timm {timm.__version__} resizes non-square images differently")
         found = processor(img, return_tensors="pt")["pixel_values"][0]
         close(found, build_transform(False, load_trained(file)[1])(img))
         predictions = transformers.pipeline("image-classification", model=str(out))(img, top_k=5)
