@@ -91,12 +91,20 @@ def read_json(path: Path) -> dict:
 def read_timm(source: str) -> dict:
     """Pre-trained weights of timm by name, for example timm:vit_base_patch16_224.mae."""
     name = source.removeprefix("timm:")
-    with torch.device("meta"):  # is it a ViT at all? without a download
-        model = create_timm(name, source, num_classes=0)
+    model = outline_timm(name, source)  # is it a ViT at all? without a download
     timm_checkpoint(model, model.state_dict(), {}, source)
     with quiet_hub():
         model = create_timm(name, source, pretrained=True, num_classes=0)
     return timm_checkpoint(model, model.state_dict(), model.pretrained_cfg, source)
+
+
+def outline_timm(name: str, source: str) -> nn.Module:
+    """The model without values, or with random ones."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, num_classes=0)
+    except RuntimeError:  # unknown, or timm 1.0.15, which reads values while it builds
+        return create_timm(name, source, num_classes=0)
 
 
 def create_timm(name: str, source: str, **options) -> nn.Module:
