@@ -194,11 +194,12 @@ class Experiment:
             folder = self.folder(arm)
             flags = f"{self.flags(arm)} --epochs {data.epochs} --keep_every {data.every}"
             row = pretrain(flags, self.images / "train", folder)
-            kept = range(data.every - 1, data.epochs, data.every)
-            curve = {}
-            for epoch in kept:
-                log = folder / f"knn-{epoch}.txt"
-                curve[epoch] = knn(folder / f"checkpoint-{epoch}.pth", subset, log)
+            files = {n: f"checkpoint-{n}.pth" for n in range(0, data.epochs, data.every)}
+            files[data.epochs - 1] = "checkpoint.pth"
+            curve = {
+                epoch: knn(folder / file, subset, folder / f"knn-{epoch}.txt")
+                for epoch, file in files.items()
+            }
             whole = {
                 which: knn(
                     folder / "checkpoint.pth", self.images, folder / f"knn-{which}.txt", which
