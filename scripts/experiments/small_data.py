@@ -69,7 +69,8 @@ DATA = {
         pretrain="--model mae_vit_mini_patch4 --batch_size 64 --warmup_epochs 5 --lr 2e-3",
         epochs=60,
         every=20,
-        finetune="--model vit_mini_patch4 --batch_size 32 --lr 1e-3 --class_weights balanced",
+        finetune="--model vit_mini_patch4 --batch_size 32 --lr 1e-3 --class_weights balanced "
+        "--crop_scale 0.8 1",
         few=(10, 30),
         full=10,
         labels=[5, 20, 100],

@@ -103,7 +103,8 @@ def small_finetuning_table(data: str, key: str) -> str:
             mean_std([r[key] for r in rows if (r["task"], r["labels"], r["arm"]) == (*column, arm)])
             for column in columns.values()
         ]
-        body.append([arm, *cells])
+        if any(cell != "-" for cell in cells):
+            body.append([arm, *cells])
     return table([{"acc1": "accuracy, %", "mean_class": "balanced, %"}[key], *columns], body)
 
 
