@@ -81,6 +81,23 @@ def test_whole_model_is_one_program(factory, request):
     assert_compiled(1)
 
 
+@pytest.mark.slow  # Inductor compiles for half a minute
+def test_inductor_computes_the_same(tiny_cross):
+    """Loss and gradients of the whole model for given masks."""
+    model = tiny_cross(norm_pix_loss=True)
+    imgs, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    results = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(imgs, noise=noise)
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        results.append((loss.detach(), grads))
+        compile_model(model, "whole")
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+    assert_compiled(1)
+
+
 @pytest.mark.parametrize("what", ["blocks", "whole"])
 def test_ddp_adds_no_program(what, tiny_cross, tmp_path):
     model = tiny_cross(depth=12)

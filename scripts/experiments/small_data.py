@@ -229,12 +229,11 @@ class Experiment:
         paths = dict(data_path=images, output_dir=folder, resume="auto")
         if arm in ARMS:
             paths["finetune"] = self.folder(arm) / "checkpoint.pth"
-        _, seconds = common.call(command, folder / "output.txt", **paths)
+        common.call(command, folder / "output.txt", **paths)
         last = common.read_log(folder)[-1]
         for checkpoint in folder.glob("*.pth"):
             checkpoint.unlink()
-        row = dict(acc1=last["test_acc1"], mean_class=last["test_mean_class"], epochs=epochs)
-        return row | dict(seconds=round(seconds, 1))
+        return dict(acc1=last["test_acc1"], mean_class=last["test_mean_class"], epochs=epochs)
 
     def batch_size(self) -> int:
         return int(self.data.finetune.split("--batch_size ")[1].split()[0])
