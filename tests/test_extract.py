@@ -1,6 +1,8 @@
 """tools/extract.py: what is written for class folders, loose files and mistakes."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -134,6 +136,21 @@ def test_shards(checkpoints, image_folder, tmp_path):
     assert found["files"].tolist() == ["set-0000.tar:0.jpg", "set-0000.tar:1.png"]
     assert "labels" not in found
     np.testing.assert_allclose(found["features"], expected["features"][:2], atol=1e-6)
+
+
+def test_odd_file_names(checkpoints, image_folder, tmp_path):
+    """.npz keeps the names; features.txt has a line per image, escaped as Python does."""
+    names = [b"a\nb.jpg", b"b\xff.jpg", "c\N{GREEK SMALL LETTER ALPHA} d.jpg".encode(), b"e.jpg"]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in names:
+        shutil.copy(image_folder / "val" / "a" / "0.jpg", folder / os.fsdecode(name))
+    call(checkpoints["vit"][0], folder, tmp_path / "f.npz")
+    call(checkpoints["vit"][0], folder, tmp_path / "f.npy")
+    assert [os.fsencode(name) for name in np.load(tmp_path / "f.npz")["files"]] == names
+    lines = (tmp_path / "f.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == [r"a\nb.jpg", r"b\udcff.jpg", "c\N{GREEK SMALL LETTER ALPHA} d.jpg", "e.jpg"]
+    assert len(np.load(tmp_path / "f.npy")) == 4
 
 
 @pytest.mark.parametrize(

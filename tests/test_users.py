@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = {
     "does not run on current packages": [
         "test_end_to_end.py::test_help_lists_flags",
-        "docs/install.md#Installation and imports",
+        "docs/install.md#PyTorch 2.11 or newer",
     ],
     "reconstructions look wrong": [
         "test_visualize.py::test_a_perfect_prediction_restores_the_image"

@@ -7,7 +7,8 @@ Images go through the checkpoint's evaluation transform. The name of OUT decides
     features.npz    features (N, D), or (N, L, D) for patches, float32; files (N,); which; and,
                     where the folder has class folders, labels (N,) and classes (K,)
     features.npy    features alone, written batch by batch, to be opened with
-                    np.load(..., mmap_mode="r"); file names, one a line, in features.txt
+                    np.load(..., mmap_mode="r"); file names, one a line, in features.txt, where
+                    control characters and undecodable bytes are Python escapes
 
 Shapes: N images, L patches, D encoder width, K classes.
 """
@@ -34,7 +35,7 @@ from util.eval.inference import (
     run_features,
     set_inference_flags,
 )
-from util.io.errors import UserError
+from util.io.errors import UserError, escape
 from util.io.files import atomic_write
 from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
@@ -99,7 +100,7 @@ def write_npy(path: Path, batches, shape: tuple[int, ...], names: list[str]) -> 
     """Write features.npy batch by batch, in constant memory, and features.txt."""
     header = dict(descr="<f4", fortran_order=False, shape=shape)
     with atomic_write(path) as tmp_path, atomic_write(path.with_suffix(".txt")) as tmp_names:
-        tmp_names.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        tmp_names.write_text("".join(f"{escape(name)}\n" for name in names), encoding="utf-8")
         with open(tmp_path, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for batch, _ in batches:
