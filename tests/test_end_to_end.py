@@ -74,9 +74,13 @@ def test_pretraining_outputs(finished_runs):
     steps = {tag: [s.step for s in events.Scalars(tag)] for tag in ("train_loss", "img_per_s")}
     assert steps == {"train_loss": [0, 500, 1000, 1500], "img_per_s": [500, 1500]}
     assert len(re.findall(formats["train_lines"]["regex"], out["pretrain"])) >= 4
-    for line in ("base lr: 1.00e-03", "effective batch size: 4", "Start training for 2 epochs"):
-        assert line in out["pretrain"]
-    assert "learning rate    0.001 × 4/256 × 0.75/0.75" in out["pretrain"]
+    lines = ("base lr: 1.00e-03", "actual lr: ", "effective batch size: 4", "Start training for 2")
+    for line in (*lines, "learning rate    0.001 × 4/256 × 0.75/0.75"):
+        assert out["pretrain"].count(line) == 1, line
+    progress = [line for line in out["pretrain"].splitlines() if "eta:" in line]
+    assert all(line.count(" lr: ") == 1 and "loss_scale" not in line for line in progress)
+    assert all(re.search(r"max mem: \d+ MiB\b", line) for line in progress)
+    assert "loss_scale" not in events.Tags()["scalars"]  # only float16 is scaled
 
 
 def test_finetuning_outputs(finished_runs):

@@ -78,6 +78,17 @@ def test_ranks_get_disjoint_shards_of_an_epoch(world_size, batch_size, monkeypat
     assert epochs[0] == epochs[2] != epochs[1] and set(epochs[0]) != set(epochs[1])
 
 
+def test_seed_and_epoch_are_mixed():
+    """Orders of eight seeds and epochs all differ, also where seed + epoch is equal."""
+
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        batches = TrainBatchSampler(47, 4, seed)
+        batches.set_epoch(epoch)
+        return tuple(index for batch in batches for _, index in batch)
+
+    assert len({order(seed, epoch) for seed in range(8) for epoch in range(8)}) == 64
+
+
 def test_an_epoch_resumes_in_the_middle():
     batches = TrainBatchSampler(47, 4, seed=3)
     batches.set_epoch(2)

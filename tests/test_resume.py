@@ -1,5 +1,6 @@
 """Resuming after a kill matches the uninterrupted run bit for bit."""
 
+import logging
 import signal
 from argparse import Namespace
 
@@ -138,6 +139,19 @@ def test_resume_with_changed_dataset_restarts_the_epoch(tiny_cross, caplog):
         state.register_dataset(ImageList(range(num_images)), num_iterations=4)
         assert (state.iteration, bool(state.meters)) == (iteration, iteration > 0)
     assert "The data set has 9 images and had 8: the interrupted epoch 2 starts over" in caplog.text
+
+
+def test_without_optimizer_nothing_claims_to_be_exact(tiny_cross, tmp_path, caplog):
+    """Weights alone: a warning, the first epoch, and no word of going on where the run stopped."""
+    caplog.set_level(logging.INFO)
+    model = tiny_cross()
+    torch.save({"model": model.state_dict(), "epoch": 4}, tmp_path / "weights.pth")
+    args = Namespace(resume=str(tmp_path / "weights.pth"), start_epoch=0, device="cpu")
+    state = RunState(args, model, torch.optim.SGD(model.parameters(), 0.1), None)
+    state.resume()
+    assert (state.epoch, state.iteration) == (0, 0)
+    assert "has no optimizer state: only its weights are used, from epoch 0 on" in caplog.text
+    assert "exactly" not in caplog.text
 
 
 class ImageList(list):
