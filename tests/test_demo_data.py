@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,20 @@ def test_other_folder_is_refused_and_unchanged(tmp_path):
 def test_other_settings_are_refused(written):
     with pytest.raises(UserError, match="other settings"):
         demo_data.write_demo_data(written, labels_per_class=4)
+
+
+def test_another_set_with_equal_settings_is_refused(tmp_path):
+    """Fashion-MNIST and solar cells have equal settings; only their names differ."""
+
+    def load() -> image_set.ImageSet:
+        pixels = np.zeros((4, 8, 8), np.uint8)
+        return image_set.ImageSet(pixels, np.array([0, 1, 0, 1]), ["a", "b"], 2, list("wxyz"))
+
+    write = partial(demo_data.write_demo_data, tmp_path / "data", 1, load, None)
+    counts = write(name="fashion-mnist")
+    assert write(name="fashion-mnist") == counts
+    with pytest.raises(UserError, match="other settings .*fashion-mnist.* instead of .*elpv"):
+        write(name="elpv")
 
 
 @pytest.mark.parametrize("labels_per_class", [0, 1000])
@@ -221,8 +236,8 @@ def test_draws_of_few_labels_differ():
     [
         (["--set", "fashion-mnist"], "needs --from DIR or --download"),
         (["--set", "fashion-mnist", "--from", "x", "--download"], "one of them"),
-        (["--from", "x"], "--from to that or --set elpv"),
-        (["--set", "elpv", "--download"], "--download belongs to --set fashion-mnist"),
+        (["--from", "x"], "--from is for --set fashion-mnist or elpv"),
+        (["--set", "elpv", "--download"], "--download is for --set fashion-mnist"),
         (["--set", "elpv", "--from", "nowhere"], "Cannot read the solar cells in nowhere"),
         (["--set", "fashion-mnist", "--from", "nowhere"], "Cannot read nowhere/train-images"),
         (["--draw", "-1"], "--draw is -1"),

@@ -49,7 +49,7 @@ from tools.image_set import (
     name_files,
 )
 from util.io.errors import UserError
-from util.run.checks import check_ranges
+from util.run.checks import check_ranges, refuse
 from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
@@ -128,6 +128,7 @@ def write_demo_data(
     load=load_digits,
     image_size: int | None = IMAGE_SIZE,
     draw: int | None = None,
+    name: str = "digits",
 ) -> dict[str, int]:
     """Write the class folders below out_dir, unless they exist; returns {folder: image count}.
 
@@ -135,12 +136,14 @@ def write_demo_data(
         load: returns the ImageSet.
         image_size: side to which images are resized, as RGB; None leaves them as they are, gray.
         draw: of the few labels; None: evenly spaced.
+        name: of the set, by which a folder with another one is told apart.
 
     Raises:
         UserError: out_dir has other content, a class is too small, or the images are missing.
     """
     settings = {"image_size": image_size, "labels_per_class": labels_per_class}
     settings |= {} if draw is None else {"draw": draw}
+    settings |= {} if name == "digits" else {"set": name}
     record = out_dir / RECORD
     if is_complete(out_dir, settings):
         return json.loads(record.read_text())["images"]
@@ -197,19 +200,28 @@ def get_args_parser() -> FlagParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not belong together."""
     check_ranges(args, {"draw": "[0, 4294967295]"})
-    sources = bool(args.source) + args.download
-    if args.set == "fashion-mnist" and sources != 1:
-        raise UserError("--set fashion-mnist needs --from DIR or --download, one of them.")
-    if args.download and args.set != "fashion-mnist" or args.source and args.set == "digits":
-        raise UserError(
-            "--download belongs to --set fashion-mnist, --from to that or --set elpv: add it or "
-            "leave them out."
-        )
+    has_source, is_fashion = args.source is not None, args.set == "fashion-mnist"
+    refuse(
+        [
+            (
+                is_fashion and has_source == args.download,
+                "--set fashion-mnist needs --from DIR or --download, one of them.",
+            ),
+            (
+                args.download and not is_fashion,
+                "--download is for --set fashion-mnist: add that, or leave it out.",
+            ),
+            (
+                has_source and args.set == "digits",
+                "--from is for --set fashion-mnist or elpv: add one of them, or leave it out.",
+            ),
+        ]
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     check_args(args)
-    options = dict(labels_per_class=args.labels_per_class, draw=args.draw)
+    options = dict(labels_per_class=args.labels_per_class, draw=args.draw, name=args.set)
     if args.set == "fashion-mnist":
         options["load"] = lambda: load_fashion_mnist(args.source or download_fashion_mnist())
         options["image_size"] = None
