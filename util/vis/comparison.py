@@ -10,7 +10,7 @@ from util.vis import figures
 from util.vis.figures import GAP, LINE
 from util.vis.reconstruction import (
     are_gray,
-    choose_pitch,
+    column_layout,
     draw_noise,
     notes,
     reconstruct,
@@ -51,7 +51,7 @@ def draw_comparison(
     ]
     columns = [drawn[0][0], drawn[0][1], *(parts[3] for parts in drawn)]
     titles = ["original", "masked", *(title(*pair) for pair in models)]
-    height, width, pitch = choose_pitch(imgs)
+    height, width, pitch = column_layout(imgs)
     figure, top = figures.new_figure(), 2 * LINE + GAP // 2
     for j, (text, images) in enumerate(zip(titles, columns, strict=True)):
         figures.add_text(figure, text, j * pitch, (1 - text.count("\n")) * LINE)
@@ -59,7 +59,7 @@ def draw_comparison(
             place = j * pitch, top + i * (height + GAP)
             figures.add_image(figure, image, *place, width, height)
     losses = ", ".join(f"{result.loss:.3f}" for result in results)
-    _, *sentences = notes(first, imgs.shape[1], False, are_gray(columns[0]).any())
+    sentences = notes(first, imgs.shape[1], False, are_gray(columns[0]).any())
     window_note = figures.windows_note(figures.choose_windows(imgs, args.mean, args.std))
     masked = f"Mask ratio {mask_ratio:g} (gray); loss over all masked patches: {losses}."
     return figures.fit(figure, caption, masked, *sentences, window_note)

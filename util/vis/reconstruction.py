@@ -117,7 +117,7 @@ def draw_reconstructions(
         UserError: the ratios do not fit together, or the model ignores kept_mask_ratio.
     """
     noise = draw_noise(model, len(imgs), seed).to(imgs.device)
-    height, width, pitch = choose_pitch(imgs)
+    height, width, pitch = column_layout(imgs)
     figure, top, is_partial = figures.new_figure(), 0, False
     for mask_ratio in mask_ratios or [args.mask_ratio]:
         kept = choose_kept_mask_ratio(model, args, mask_ratio, kept_mask_ratio)
@@ -137,10 +137,11 @@ def draw_reconstructions(
     has_gray = are_gray(figures.to_rgb(imgs, args.mean, args.std)).any()
     window_note = figures.windows_note(figures.choose_windows(imgs, args.mean, args.std))
     sentences = notes(model, imgs.shape[1], is_partial, has_gray)
-    return figures.fit(figure, caption, *sentences, window_note)
+    gray = "Gray: masked patches and, beside the prediction, the visible ones."
+    return figures.fit(figure, caption, gray, *sentences, window_note)
 
 
-def choose_pitch(imgs: Tensor) -> tuple[int, int, int]:
+def column_layout(imgs: Tensor) -> tuple[int, int, int]:
     """Height and width of an image in the figure, and the distance of two columns, in pixels."""
     enlargement = max(1, round(TILE_SIDE / max(imgs.shape[2:])))  # of small images
     height, width = (side * enlargement for side in imgs.shape[2:])
@@ -159,13 +160,13 @@ def describe(result: Reconstruction, mask_ratio: float) -> str:
 
 def notes(model: nn.Module, num_channels: int, is_partial: bool, has_gray: bool) -> list[str]:
     """What a reader has to know, one sentence each."""
-    found = ["Gray: masked patches and, beside the prediction, the visible ones."]
+    found = []
     if is_partial:
         found.append("Light gray: masked patches that are not predicted.")
     if model.norm_pix_loss:
         found.append(
-            "The model predicts pixels normalized within each patch (norm_pix_loss); mean and "
-            "contrast of each patch are taken from the original."
+            "Pixels are predicted normalized within each patch (norm_pix_loss); mean and contrast "
+            "of each patch are taken from the original."
         )
     if num_channels == 3 and has_gray:
         found.append("Of gray images, the mean of the predicted channels is shown.")
