@@ -173,10 +173,11 @@ def main(args) -> None:
     if args.replay:
         write_nothing(args)
     pretrained = read_pretrained(args.init_from) if args.init_from and not args.resume else None
-    for file, source in ((checkpoint, args.resume), (pretrained, args.init_from)):
-        if file is not None:
-            stored, may_differ = file.get("args", {}), file is pretrained
-            adopt_input(args, get_args_parser(), stored, source, may_differ)
+    if checkpoint is not None:
+        adopt_input(args, get_args_parser(), checkpoint.get("args", {}), args.resume)
+    elif pretrained is not None:
+        stored = pretrained.get("args", {})
+        adopt_input(args, get_args_parser(), stored, args.init_from, may_differ=True)
     set_mean_std(args)
     args.data_path = localize(args.data_path, args.shard_cache, "train", "", any_part=True)
     dataset = build_pretrain_dataset(args)  # before the model: mistakes show at once

@@ -1,7 +1,8 @@
 """Under autocast, cast the weights of a model at once instead of one by one.
 
 Autocast casts every weight and bias where it is used, and its gradient back: for a ViT-B with its
-decoder, 432 small kernels in a training step. The values are the same here, bit for bit.
+decoder, 432 small kernels in a training step. The values are the same here, bit for bit. The
+gradients of all casts live until the end of backward, where they are cast back together.
 """
 
 import torch

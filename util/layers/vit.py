@@ -109,7 +109,7 @@ class ViTBackbone(nn.Module):
     def weights_to_cast(self) -> dict[str, nn.Parameter]:
         """Trained weights of the blocks' linear layers by name; see util.casts.CastWeights.
 
-        None where a compiler fuses the casts, or blocks are recomputed and cast again.
+        Empty where a compiler fuses the casts, or blocks are recomputed and cast again.
         """
         if self.grad_checkpointing or any(m._compiled_call_impl for m in self.modules()):
             return {}

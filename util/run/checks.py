@@ -11,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from util.io.errors import UserError
 
 IMAGENET_AT_META = "/datasets01/imagenet_full_size/061417/"  # the default of the MAE family
+SOURCES = ("data_path", "predict", "knn_data")  # flags that may name a URL
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +132,7 @@ def data_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
         ),
         (
             bool(getattr(args, "shard_cache", None))
-            and "://" not in (getattr(args, "predict", "") or args.data_path)
-            and "://" not in (getattr(args, "knn_data", "") or ""),
+            and not any("://" in getattr(args, name, "") for name in SOURCES),
             "--shard_cache is for tar files at a URL: leave it out.",
         ),
         (
