@@ -32,7 +32,7 @@ TIMM = {k: v for k, v in ENCODER.items() if k != "norm_layer"}
 IMGS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -73,14 +73,14 @@ def load(model, source: str):
 def test_vit_of_transformers(native, tiny_vit):
     theirs, folder = native("ViTForImageClassification", num_labels=5)
     ours = load(tiny_vit(global_pool=False), folder)
-    close(ours(IMGS), theirs(IMGS).logits)
+    assert_close(ours(IMGS), theirs(IMGS).logits)
 
 
 @torch.no_grad()
 def test_beit_layout_of_transformers(native, tiny_vit):
     theirs, folder = native("BeitForImageClassification", num_labels=5, **BEIT)
     ours = load(tiny_vit(), folder)
-    close(ours(IMGS), theirs(IMGS).logits)
+    assert_close(ours(IMGS), theirs(IMGS).logits)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_encoders_of_transformers(name, options, native, tiny_mae, tiny_cross):
         weights = read_pretrained(folder)["model"]
         ours.norm.load_state_dict({x: weights[f"norm.{x}"] for x in ("weight", "bias")})
     features = ours.forward_features(IMGS)
-    close(torch.cat([features.cls[:, None], features.patches], dim=1), expected)
+    assert_close(torch.cat([features.cls[:, None], features.patches], dim=1), expected)
 
 
 @torch.no_grad()
@@ -123,8 +123,8 @@ def test_mae_of_transformers_with_its_decoder(names, native, tiny_mae, caplog):
     noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(3))
     loss, pred, *_ = ours(IMGS, 0.75, vis=True, noise=noise)
     expected = theirs(IMGS, noise=noise)
-    close(loss, expected.loss)
-    close(pred, expected.logits)
+    assert_close(loss, expected.loss)
+    assert_close(pred, expected.logits)
 
 
 def test_mae_of_transformers_starts_crossmae(native, tiny_cross, caplog):
@@ -149,14 +149,15 @@ def test_exported_folder_comes_back(to, kind, save, tmp_path, tiny_vit, tiny_cro
     call(file, to, tmp_path / "out")
     source = str(tmp_path / "out")
     if kind.startswith("vit"):
-        close(load(tiny_vit(seed=3, global_pool=kind != "vit_cls"), source)(IMGS), model(IMGS))
+        loaded = load(tiny_vit(seed=3, global_pool=kind != "vit_cls"), source)
+        assert_close(loaded(IMGS), model(IMGS))
         args = read_pretrained(source)["args"]
         assert args["mean"] == MEAN and args["std"] == STD and args["patch_size"] == 8
         return
     again = (tiny_cross if kind == "cross" else tiny_mae)(seed=3).eval()
     init_from(again, source)
     found, expected = (list(x.run_blocks(x.embed(IMGS)))[-1] for x in (again, model))
-    close(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def timm_weights(monkeypatch):
 def test_timm_name(timm_weights, tiny_vit):
     theirs = timm_weights("vit_base_patch16_224", num_classes=0)
     ours = load(tiny_vit(global_pool=False), "timm:vit_base_patch16_224.mae")
-    close(ours.norm(list(ours.run_blocks(ours.embed(IMGS)))[-1])[:, 0], theirs(IMGS))
+    assert_close(ours.norm(list(ours.run_blocks(ours.embed(IMGS)))[-1])[:, 0], theirs(IMGS))
 
 
 @torch.no_grad()
@@ -198,7 +199,7 @@ def test_timm_folder_with_its_head(global_pool, tmp_path, tiny_vit):
     options["img_size"] = [32, 32]
     save(theirs, str(tmp_path), model_args=options, safe_serialization=True)
     ours = load(tiny_vit(global_pool=global_pool == "avg"), str(tmp_path))
-    close(ours(IMGS), theirs(IMGS))
+    assert_close(ours(IMGS), theirs(IMGS))
 
 
 @pytest.mark.parametrize(
