@@ -5,37 +5,41 @@ so an interrupted experiment resumes.
 """
 
 import json
+import math
 import os
 import platform
+import random
 import shlex
 import shutil
+import statistics
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from subprocess import PIPE, STDOUT, run
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for the project's modules
 
+import main_pretrain  # noqa: E402
 from tools.measure import count_flops  # noqa: E402
+from util.build import build_pretrain_model  # noqa: E402
+from util.data.image_io import read_image  # noqa: E402
+from util.eval.knn import list_splits, measure_knn  # noqa: E402
 from util.io.files import atomic_write  # noqa: E402
 from util.run.flags import FlagParser, add_flag  # noqa: E402
 
-# The encoder of every experiment, and how long the runs are: see docs/experiments.md.
+# The encoder of every experiment: see docs/experiments.md.
 PRETRAIN = (
-    "--model mae_vit_mini_patch4 --norm_pix_loss --mask_ratio 0.75 "
-    "--batch_size 32 --warmup_epochs 2 --lr 2e-3 --num_workers 0"
+    "--model mae_vit_mini_patch4 --mask_ratio 0.75 --decoder_depth 4 --lr 2e-3 --num_workers 0"
 )
 CROSS = "--cross_mae --weight_fm --use_input"
-FINETUNE = (
-    "--model vit_mini_patch4 --batch_size 10 --warmup_epochs 1 --lr 2e-3 "
-    "--drop_path 0 --aa '' --reprob 0 --num_workers 0"
-)
 FLAGS = {
     "out": (lambda path: Path(path).resolve(), ROOT / "output/experiments", "folder of the runs"),
     "jobs": (int, 2, "commands in parallel, each with one thread"),
@@ -112,8 +116,8 @@ def describe_machine() -> str:
     return f"{platform.machine()}, {cores} cores, {device}, torch {torch.__version__}"
 
 
-def call(command: str, log: Path, **flags) -> tuple[str, float]:
-    """Run `python COMMAND --FLAG=VALUE` with one thread; returns (output, seconds).
+def call(command: str, log: Path, **flags) -> str:
+    """Run `python COMMAND --FLAG=VALUE` with one thread; returns its output.
 
     Raises:
         RuntimeError: it failed; its output is in `log`.
@@ -121,13 +125,11 @@ def call(command: str, log: Path, **flags) -> tuple[str, float]:
     argv = shlex.split(command) + [f"--{name}={value}" for name, value in flags.items()]
     command, env = f"python {shlex.join(argv)}", {**os.environ, "OMP_NUM_THREADS": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     done = run([sys.executable, *argv], cwd=ROOT, env=env, stdout=PIPE, stderr=STDOUT, text=True)
-    seconds = time.perf_counter() - start
     log.write_text(f"{command}\n{done.stdout}")
     if done.returncode != 0:
         raise RuntimeError(f"`{command}` failed, its output is in {log}.")
-    return done.stdout, seconds
+    return done.stdout
 
 
 def name_folder(out: Path, *names) -> Path:
@@ -156,21 +158,84 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
-def pretrain(flags: str, data: Path, folder: Path) -> tuple[list[float], float]:
-    """Pre-train, unless the folder holds the run; returns (loss of every epoch, seconds)."""
-    time_file = folder / "seconds.txt"
-    if not time_file.exists():
-        command = f"main_pretrain.py {PRETRAIN} {flags}"
-        _, seconds = call(command, folder / "output.txt", data_path=data, output_dir=folder)
-        time_file.write_text(f"{seconds:.1f}\n")
-    return [row["train_loss"] for row in read_log(folder)], float(time_file.read_text())
+def pretrain(flags: str, data: Path, folder: Path) -> dict:
+    """Pre-train in `folder`, or continue there: loss of every epoch, seconds, and what it costs."""
+    command = f"main_pretrain.py {flags} --resume auto --save_every_minutes 3"
+    call(command, folder / "output.txt", data_path=data, output_dir=folder)
+    args = main_pretrain.get_args_parser().parse_args(command.split()[1:])
+    build, ratios = partial(build_pretrain_model, args), (args.mask_ratio, args.kept_mask_ratio)
+    gflop, mparams = count_cost(build, args.input_size, ratios, args.in_chans)
+    return dict(
+        losses=[round(epoch["train_loss"], 4) for epoch in read_log(folder)],
+        seconds_per_epoch=round(seconds_per_epoch(folder), 1),
+        mflop=round(gflop * 1000, 2),
+        mparams=round(mparams, 3),
+    )
 
 
-def knn(folder: Path, data: Path) -> float:
-    """kNN accuracy of a pre-training run in percent, on the mean patch feature."""
-    command, checkpoint = "-m tools.knn --which mean --k 10 --json", folder / "checkpoint.pth"
-    printed, _ = call(command, folder / "knn.txt", checkpoint=checkpoint, data_path=data)
+def seconds_per_epoch(folder: Path) -> float:
+    """Median over the run's TensorBoard points, so that an interruption does not count."""
+    events = EventAccumulator(str(folder)).Reload()
+    points = sorted((x.step / 1000, x.wall_time) for x in events.Scalars("train_loss"))
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(points) if b[0] > a[0]]
+    return statistics.median(seconds / epochs for epochs, seconds in steps)
+
+
+def finetune(flags: str, folder: Path, **paths: Path) -> dict:
+    """Fine-tune in `folder`, or continue there; accuracies after the last epoch."""
+    command = f"main_finetune.py {flags} --resume auto"
+    call(command, folder / "output.txt", output_dir=folder, **paths)
+    last = read_log(folder)[-1]
+    for checkpoint in folder.glob("*.pth"):
+        checkpoint.unlink()
+    return dict(acc1=last["test_acc1"], mean_class=last["test_mean_class"])
+
+
+def knn(checkpoint: Path, data: Path, which: str = "mean", k: int = 20) -> float:
+    """kNN accuracy of a pre-training run in percent."""
+    command = f"-m tools.knn --which {which} --k {k} --json --num_workers 0"
+    log = checkpoint.parent / f"knn-{checkpoint.stem}-{which}.txt"
+    printed = call(command, log, checkpoint=checkpoint, data_path=data)
     return json.loads(printed.splitlines()[-1])["knn"][0]["acc1"]
+
+
+def pixel_knn(data: Path, k: int = 20) -> float:
+    """The same of gray images as they are, each a vector of its pixels."""
+    classes, *splits = list_splits(str(data))
+    (bank, bank_labels), queries = (
+        (
+            torch.stack([read_image(path, 1).flatten() / 255 for path, _ in samples]),
+            torch.tensor([label for _, label in samples]),
+        )
+        for samples in splits
+    )
+    return measure_knn(bank, bank_labels, [queries], [k], 0.07, len(classes))[k][0]
+
+
+def label_subset(data: Path, labels: str, seed: int, size: int, out: Path) -> Path:
+    """Data set in `out` with at most `labels` random training images of each class, each linked
+    as often as `size` images need; `data` itself for "all".
+    """
+    if labels == "all":
+        return data
+
+    def write(folder: Path) -> None:
+        rng = random.Random(seed)
+        chosen = {}
+        for path in sorted((data / "train").iterdir()):
+            images = sorted(path.iterdir())
+            chosen[path.name] = rng.sample(images, min(int(labels), len(images)))
+        copies = math.ceil(size / sum(map(len, chosen.values())))
+        for name, images in chosen.items():
+            links = folder / "train" / name
+            links.mkdir(parents=True)
+            for image, i in product(images, range(copies)):
+                (links / f"{image.stem}_{i}{image.suffix}").symlink_to(image)
+        (folder / "val").symlink_to(data / "val")
+
+    subset = out / f"labels-{labels}-{seed}"
+    make_folder(subset, write)
+    return subset
 
 
 def count_cost(build: Callable[[], torch.nn.Module], size: int, ratios: tuple, chans=3) -> tuple:

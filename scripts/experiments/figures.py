@@ -1,11 +1,11 @@
-"""Draw loss and kNN of the pre-training runs against time and FLOPs, from docs/results.
+"""Draw loss and kNN of pre-training on Fashion-MNIST against time and FLOPs, from docs/results.
 
 python scripts/experiments/figures.py
 """
 
 import common
 from matplotlib.figure import Figure
-from small_data import ARMS, DATA
+from pretraining_helps import ARMS
 
 from tools.plot_log import FONT_SIZE, draw_panel
 from util.vis.figures import DPI, save_figure
@@ -44,9 +44,5 @@ def draw_costs(rows: list[dict], num_images: int) -> Figure:
 
 if __name__ == "__main__":
     common.get_args_parser(__doc__).parse_args()
-    for name, num_images in (("fashion-mnist", 60_000), ("elpv", 2_100)):
-        rows = [r for r in common.read_results("small_pretraining")["rows"] if r["data"] == name]
-        if len(rows) == len(ARMS):
-            path = common.ROOT / f"docs/images/{name}-cost.png"
-            save_figure(draw_costs(rows, num_images), path)
-            print(f"Figure in {path}; kNN every {DATA[name].every} epochs")
+    rows = [r for r in common.read_results("pretraining-fashion-mnist")["rows"] if r["arm"] in ARMS]
+    save_figure(draw_costs(rows, 60_000), common.ROOT / "docs/images/fashion-mnist-cost.png")

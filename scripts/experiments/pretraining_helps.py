@@ -1,16 +1,16 @@
-"""Does pre-training help with few labels? kNN, linear probe and fine-tuning, against scratch.
+"""Does pre-training help? kNN, linear probe and fine-tuning with few labels, against scratch.
 
-    python scripts/experiments/pretraining_helps.py [--data digits photographs] [--seeds 5]
-        [--labels 1 5 20 all] [--tasks fine-tuning probe]
+    python scripts/experiments/pretraining_helps.py --data fashion-mnist --from DIR
+    python scripts/experiments/pretraining_helps.py --data elpv digits photographs
+        [--arms "crossmae 0.25" mae scratch] [--tasks kNN probe fine-tuning] [--labels 1 all]
 
-A seed determines the pre-training, which images are labelled, and the fine-tuning; arms with the
-same seed use the same labels, so their differences are paired.
+DIR holds the four .gz files of Fashion-MNIST; elpv is solar cells. A seed chooses the labeled
+images and seeds the fine-tuning; arms with the same seed use the same labels, so their differences
+are paired. An interrupted run continues with the same command.
 """
 
 import argparse
-import math
-import random
-import sys
+import shlex
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,30 +22,167 @@ from util.run.flags import add_flag
 
 
 class Data(NamedTuple):
-    write: str  # command that writes them; a folder is appended
-    unlabelled: str  # for pre-training, inside that folder
-    labelled: str
-    flags: str
+    write: str  # command that writes the images; a folder is appended
+    flags: str  # of both scripts
+    pretrain: str
+    epochs: int  # of pre-training
+    finetune: str
+    probe: str
+    few: tuple[int, int]  # epochs with few labels; images per epoch, by repetition
+    full: int  # epochs with all labels
+    long: tuple[int, int]  # the two, for scratch with the compute of pre-training
+    labels: tuple[str, ...]  # per class
+    seeds: int
+    each_pretrains: bool = False  # each seed its own model; otherwise all take that of seed 0
+    k: int = 20  # of kNN
+    features: tuple[str, ...] = ("mean", "cls", "patches")
+    every: int = 0  # epochs from one kNN to the next, during pre-training
+    curve: str = "."  # its images, inside all of them
+    unlabeled: str = "."  # images of pre-training
+    labeled: str = "."
 
 
-PHOTOGRAPHS = "scripts/experiments/photographs.py"
+DIGITS = Data(
+    write="-m tools.demo_data",
+    flags="--input_size 32",
+    pretrain="--batch_size 32 --warmup_epochs 2",
+    epochs=20,
+    finetune="--batch_size 10 --lr 2e-3",
+    probe="--epochs 30 --warmup_epochs 3 --batch_size 64",
+    few=(4, 500),
+    full=4,
+    long=(16, 16),
+    labels=("1", "5", "20", "all"),
+    seeds=5,
+    each_pretrains=True,
+    k=10,
+    features=("mean",),
+)
 DATA = {
-    "digits": Data("-m tools.demo_data", ".", ".", "--input_size 32"),
-    "photographs": Data(PHOTOGRAPHS, "seen", "unseen", "--input_size 64 --patch_size 8"),
+    "digits": DIGITS,
+    "photographs": DIGITS._replace(
+        write="scripts/experiments/photographs.py",
+        flags="--input_size 64 --patch_size 8",
+        unlabeled="seen",
+        labeled="unseen",
+    ),
+    "fashion-mnist": Data(
+        write="-m tools.demo_data --set fashion-mnist --labels_per_class 1000 --draw 0",
+        flags="--input_size 32 --in_chans 1 --mean 0.286 --std 0.353",
+        pretrain="--batch_size 128 --warmup_epochs 1",
+        epochs=10,
+        finetune="--batch_size 32 --lr 1e-3",
+        probe="--epochs 5 --warmup_epochs 1 --batch_size 256",
+        few=(3, 3200),
+        full=5,
+        long=(57, 8),
+        labels=("1", "5", "20", "100", "all"),
+        seeds=3,
+        every=2,
+        curve="few",
+    ),
+    "elpv": Data(
+        write="-m tools.demo_data --set elpv",
+        flags="--input_size 128 --patch_size 16 --in_chans 1 --mean 0.597 --std 0.161",
+        pretrain="--batch_size 64 --warmup_epochs 5",
+        epochs=60,
+        finetune="--batch_size 32 --lr 1e-3 --class_weights balanced --crop_scale 0.8 1",
+        probe="--epochs 10 --warmup_epochs 1 --batch_size 256",
+        few=(10, 960),
+        full=10,
+        long=(49, 28),
+        labels=("5", "20", "100", "all"),
+        seeds=3,
+        every=20,
+    ),
 }
-TASKS = ["fine-tuning", "probe"]
-EPOCHS = 20  # of pre-training
 ARMS = {
-    "crossmae 0.75": f"{common.CROSS} --kept_mask_ratio 0.75 --decoder_depth 4",
-    "crossmae 0.25": f"{common.CROSS} --kept_mask_ratio 0.25 --decoder_depth 4",
-    "mae": "--decoder_depth 4",
+    "crossmae 0.75": f"--norm_pix_loss {common.CROSS} --kept_mask_ratio 0.75",
+    "crossmae 0.25": f"--norm_pix_loss {common.CROSS} --kept_mask_ratio 0.25",
+    "mae": "--norm_pix_loss",
 }
+PIXELS = "raw pixels"
 ALL_ARMS = [*ARMS, "scratch", "scratch, long"]
-MIN_STEPS = 50  # optimizer steps per fine-tuning epoch, in which few images are repeated
-# (epochs, layer decay); the long one takes as long as pre-training and fine-tuning together.
-SCHEDULE = {"pre-trained": (4, 0.65), "scratch": (4, 1.0), "scratch, long": (16, 1.0)}
-# The published recipe (LARS, BatchNorm before the head) with lr and epochs for few images.
-PROBE = "--linear_probe --global_pool --epochs 30 --warmup_epochs 3 --batch_size 64 --lr 6.4"
+TASKS = ["kNN", "probe", "fine-tuning"]
+FINETUNE = (
+    "--model vit_mini_patch4 --warmup_epochs 1 --drop_path 0 --aa '' --reprob 0 --num_workers 0"
+)
+PROBE = "--linear_probe --global_pool --lr 6.4"  # LARS, BatchNorm before the head, as published
+
+
+class Experiment:
+    """All runs of one data set."""
+
+    def __init__(self, name: str, args):
+        self.name, self.data, self.args = name, DATA[name], args
+        self.out = args.out / name
+        source = f" --from {shlex.quote(args.source)}" if args.source else ""
+        self.images = common.write_images(f"{self.data.write}{source}", self.out)
+        self.labeled = self.images / self.data.labeled
+
+    def checkpoint(self, arm: str, seed: int) -> Path:
+        """Of the pre-training run from which this seed starts."""
+        seed = seed if self.data.each_pretrains else 0
+        return common.name_folder(self.out, arm, seed) / "checkpoint.pth"
+
+    def pretrain(self, arm: str, seed: int) -> dict:
+        """Pre-train, unless it is done; what is known of the run, and kNN on the way."""
+        data, checkpoint = self.data, self.checkpoint(arm, seed)
+        if arm == PIXELS:
+            return dict(knn=dict(patches=common.pixel_knn(self.labeled)))
+        flags = f"{common.PRETRAIN} {data.pretrain} {data.flags} {ARMS[arm]} --epochs {data.epochs}"
+        flags += f" --seed {seed} --keep_every {data.every}"
+        row = common.pretrain(flags, self.images / data.unlabeled, checkpoint.parent)
+        if data.every:
+            files = {n: f"checkpoint-{n}.pth" for n in range(0, data.epochs, data.every)}
+            files[data.epochs - 1] = checkpoint.name
+            images, folder = self.images / data.curve, checkpoint.parent
+            row["curve"] = {n: common.knn(folder / file, images) for n, file in files.items()}
+        knn = {w: common.knn(checkpoint, self.labeled, w, data.k) for w in data.features}
+        return row | dict(knn=knn)
+
+    def finetune(self, task: str, arm: str, labels: str, seed: int) -> dict:
+        """One fine-tuning run or linear probe."""
+        data, paths = self.data, dict(data_path=self.subset(labels, seed))
+        if arm in ARMS:
+            paths["finetune"] = self.checkpoint(arm, seed)
+        flags = f"{FINETUNE} {data.flags} --seed {seed}"
+        if task == "probe":
+            flags += f" {PROBE} {data.probe}"
+        else:
+            schedule = data.long if arm == "scratch, long" else (data.few[0], data.full)
+            flags += f" {data.finetune} --epochs {schedule[labels == 'all']}"
+            flags += f" --layer_decay {0.65 if arm in ARMS else 1}"
+        folder = common.name_folder(self.out, task, arm, labels, seed)
+        return common.finetune(flags, folder, **paths)
+
+    def subset(self, labels: str, seed: int) -> Path:
+        return common.label_subset(self.labeled, labels, seed, self.data.few[1], self.out)
+
+    def run(self) -> None:
+        """Everything that was asked for and is not in docs/results."""
+        args, data = self.args, self.data
+        pretrained = [arm for arm in (PIXELS, *ARMS) if arm in args.arms]
+        seeds = range(args.seeds or data.seeds)
+        own = seeds if data.each_pretrains else [0]  # the others differ in few labels only
+        labels = [n for n in args.labels or data.labels if n in data.labels]
+        runs = [
+            ("fine-tuning", arm, n, seed)
+            for n in labels
+            for seed in (own if n == "all" else seeds)
+            for arm in ALL_ARMS
+        ]
+        runs += [("probe", arm, "all", seed) for seed in own for arm in ARMS]
+        runs = [run for run in runs if run[0] in args.tasks and run[1] in args.arms]
+        features = common.Results(f"pretraining-{self.name}", "arm", "seed")
+        accuracies = common.Results(f"finetuning-{self.name}", "task", "arm", "labels", "seed")
+
+        features.measure(self.pretrain, product(pretrained, own), args.jobs)
+        for _, arm, n, seed in accuracies.find_missing(runs):
+            self.subset(n, seed)  # before runs in parallel share it
+            if arm in ARMS and not self.checkpoint(arm, seed).exists():
+                self.pretrain(arm, seed)  # again: its folder was deleted
+        accuracies.measure(self.finetune, runs, args.jobs)
 
 
 def label_count(text: str) -> str:
@@ -55,83 +192,16 @@ def label_count(text: str) -> str:
     return text
 
 
-def label_subset(data: Path, labels: str, seed: int, out: Path) -> Path:
-    """Data set in `out` with only `labels` training images per class, or `data` for all.
-
-    They are repeated, as links, until an epoch has at least MIN_STEPS batches of ten.
-    """
-    if labels == "all":
-        return data
-    subset = out / f"labels-{labels}-{seed}"
-
-    def write(folder: Path) -> None:
-        classes = sorted((data / "train").iterdir())
-        copies = math.ceil(MIN_STEPS * 10 / (int(labels) * len(classes)))
-        rng = random.Random(seed)
-        for path in classes:
-            images = sorted(path.iterdir())
-            if len(images) < int(labels):
-                sys.exit(f"--labels {labels}: {path} has only {len(images)} images.")
-            links = folder / "train" / path.name
-            links.mkdir(parents=True)
-            for image, i in product(rng.sample(images, int(labels)), range(copies)):
-                (links / f"{image.stem}_{i}{image.suffix}").symlink_to(image)
-        (folder / "val").symlink_to(data / "val")
-
-    common.make_folder(subset, write)
-    return subset
-
-
-def measure(name: str, args) -> None:
-    """All arms of one data set."""
-    data, out = DATA[name], args.out / name
-    images = common.write_images(data.write, out)
-    labelled = images / data.labelled
-    features = common.Results("pretraining", "data", "arm", "seed")
-    accuracies = common.Results("finetuning", "data", "task", "arm", "labels", "seed")
-
-    def pretrain(arm: str, seed: int) -> tuple[list[float], float]:
-        flags = f"{data.flags} {ARMS[arm]} --epochs {EPOCHS} --seed {seed}"
-        folder = common.name_folder(out, arm, seed)
-        return common.pretrain(flags, images / data.unlabelled, folder)
-
-    def measure_features(_, arm: str, seed: int) -> dict:
-        losses, seconds = pretrain(arm, seed)
-        knn = common.knn(common.name_folder(out, arm, seed), labelled)
-        return dict(knn=knn, losses=losses, seconds=seconds)
-
-    def finetune(_, task: str, arm: str, labels: str, seed: int) -> dict:
-        epochs, layer_decay = SCHEDULE["pre-trained" if arm in ARMS else arm]
-        flags = PROBE if task == "probe" else f"--epochs {epochs} --layer_decay {layer_decay}"
-        command = f"main_finetune.py {common.FINETUNE} {data.flags} {flags} --seed {seed}"
-        folder = common.name_folder(out, task, arm, labels, seed)
-        paths = dict(data_path=label_subset(labelled, labels, seed, out), output_dir=folder)
-        if arm in ARMS:
-            paths["finetune"] = common.name_folder(out, arm, seed) / "checkpoint.pth"
-        _, seconds = common.call(command, folder / "output.txt", **paths)
-        for checkpoint in folder.glob("*.pth"):
-            checkpoint.unlink()
-        return dict(acc1=common.read_log(folder)[-1]["test_acc1"], seconds=round(seconds, 1))
-
-    for seed in range(args.seeds):
-        for labels in args.labels:
-            label_subset(labelled, labels, seed, out)  # before the arms, in parallel, share it
-        runs = [(name, "fine-tuning", arm, n, seed) for n in args.labels for arm in ALL_ARMS]
-        runs += [(name, "probe", arm, "all", seed) for arm in ARMS]
-        runs = [run for run in runs if run[1] in args.tasks]
-        features.measure(measure_features, [(name, arm, seed) for arm in ARMS], args.jobs)
-        for _, _, arm, _, _ in accuracies.find_missing(runs):
-            if arm in ARMS:
-                pretrain(arm, seed)  # again if its folder was deleted
-        accuracies.measure(finetune, runs, args.jobs)
-
-
 if __name__ == "__main__":
-    parser = common.get_args_parser(__doc__, "out", "jobs", "seeds")
-    flag = partial(add_flag, parser, nargs="+")
-    flag("--data", str, list(DATA), "data sets", choices=DATA)
-    flag("--labels", label_count, ["1", "5", "20", "all"], "per class")
-    flag("--tasks", str, TASKS, "what to measure", choices=TASKS)
+    parser = common.get_args_parser(__doc__, "out", "jobs")
+    flag = partial(add_flag, parser)
+    flag("--data", str, list(DATA), "data sets", choices=list(DATA), nargs="+")
+    flag("--from", str, "", "folder of Fashion-MNIST's files", dest="source", metavar="DIR")
+    arms = [PIXELS, *ALL_ARMS]
+    flag("--arms", str, arms, "what is compared", choices=arms, nargs="+")
+    flag("--tasks", str, TASKS, "what is measured", choices=TASKS, nargs="+")
+    flag("--labels", label_count, None, "per class (default: the data's)", nargs="+")
+    flag("--seeds", int, None, "seeds 0, 1, ... (default: the data's)")
     args = parser.parse_args()
     for name in args.data:
-        measure(name, args)
+        Experiment(name, args).run()

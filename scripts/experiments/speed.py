@@ -32,8 +32,8 @@ CHANGES = {
 }
 RANKS = {"digits, 1 process": 1, "digits, 2 processes": 2}
 TRAIN = (
-    f"main_pretrain.py {common.PRETRAIN} {common.CROSS} --decoder_depth 4 --input_size 32 "
-    "--epochs 3 --warmup_epochs 1"
+    f"main_pretrain.py {common.PRETRAIN} --norm_pix_loss {common.CROSS} --input_size 32 --epochs 3 "
+    "--warmup_epochs 1"
 )
 
 
@@ -41,7 +41,7 @@ def main(args) -> None:
     def measure_step(run: str) -> dict:
         """Images per second, GFLOP per image forward and backward, MiB of activations per image."""
         command = f"{STEP} {CHANGES[run]} {f'--device {args.device}' if args.device else ''}"
-        found = json.loads(common.call(command, args.out / "speed.txt")[0].splitlines()[-1])
+        found = json.loads(common.call(command, args.out / "speed.txt").splitlines()[-1])
         speed, gflop = round(found["images_per_s"], 2), round(found["gflop_per_image"], 2)
         mib = round(found["peak_memory_mib"] / found["batch_size"], 1)
         return dict(images_per_s=speed, gflop=gflop, mib=mib)
@@ -51,7 +51,7 @@ def main(args) -> None:
         images = common.write_images("-m tools.demo_data", args.out / "digits")
         launcher = f"-m torch.distributed.run --standalone --nproc_per_node={RANKS[run]}"
         command = f"{launcher} {TRAIN} --batch_size {32 // RANKS[run]}"
-        printed, _ = common.call(command, args.out / "speed.txt", data_path=images, output_dir="")
+        printed = common.call(command, args.out / "speed.txt", data_path=images, output_dir="")
         speeds = re.findall(r"Epoch: \[\d+\] ([\d.]+) img/s", printed)
         return dict(images_per_s=float(speeds[-1]), gflop=None, mib=None)
 

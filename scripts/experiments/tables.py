@@ -1,4 +1,4 @@
-"""Print the tables of docs/experiments.md and docs/performance.md from docs/results.
+"""Print the tables of the documents from docs/results.
 
     python scripts/experiments/tables.py          # print them
     python scripts/experiments/tables.py --write  # put them between <!-- table: NAME --> and
@@ -13,10 +13,10 @@ import statistics
 import ablations
 import common
 import cost
-import small_data
 import speed
-from pretraining_helps import ALL_ARMS, DATA
+from pretraining_helps import ALL_ARMS, ARMS, DATA, PIXELS
 
+FEATURES = {"mean": "mean of patches", "cls": "class token", "patches": "all patches"}
 DOCUMENTS = ("docs/experiments.md", "docs/performance.md", "docs/recipes.md")
 
 
@@ -33,10 +33,10 @@ def mean_std(values: list[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{std}"
 
 
-def median_range(rows: list[dict]) -> str:
-    """Seconds: median (minimum to maximum), because the load of the machine varies."""
-    values = [row["seconds"] for row in rows]
-    return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
+def median_range(values: list[float]) -> str:
+    """Median (minimum to maximum), for times: the load of the machine varies."""
+    median = f"{statistics.median(values):.1f}"
+    return median if len(values) == 1 else f"{median} ({min(values):.1f} to {max(values):.1f})"
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -44,79 +44,62 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def measures_of(data: str) -> dict[str, dict[str, dict[int, float]]]:
-    """{measure: {arm: {seed: accuracy}}}: kNN, linear probe, and fine-tuning per label budget."""
-
-    def by_arm(rows: list[dict], value: str) -> dict[str, dict[int, float]]:
-        return {arm: {r["seed"]: r[value] for r in rows if r["arm"] == arm} for arm in ALL_ARMS}
-
-    measures = {"kNN": by_arm(rows_of("pretraining", data=data), "knn")}
-    if probed := rows_of("finetuning", data=data, task="probe"):
-        measures["linear probe"] = by_arm(probed, "acc1")
-    tuned = rows_of("finetuning", data=data, task="fine-tuning")
-    budgets = {row["labels"] for row in tuned}
-    for n in sorted(budgets, key=lambda n: (not n.isdecimal(), n.zfill(9))):
-        name = "all labels" if n == "all" else f"{n} per class"
-        measures[name] = by_arm([row for row in tuned if row["labels"] == n], "acc1")
-    return measures
-
-
-def accuracy_table(data: str) -> str:
-    measures = measures_of(data)
-    body = [[a, *(mean_std([*m[a].values()]) for m in measures.values())] for a in ALL_ARMS]
-    seeds = [str(max(len(seeds) for seeds in m.values())) for m in measures.values()]
-    return table(["accuracy, %", *measures], [*body, ["seeds", *seeds]])
-
-
-def sweep_table() -> str:
-    rows = {row["run"]: row for row in rows_of("sweep")}
-    body = [
-        [run, f"{row['mflop']:.1f}", f"{row['seconds_per_epoch']:.0f}"]
-        + [f"{row['losses'][-1]:.3f}", f"{row['knn']:.1f}"]
-        for run in small_data.SWEEP
-        if (row := rows.get(run))
-    ]
-    return table(["run", "MFLOP", "seconds per epoch", "last loss", "kNN, %"], body)
-
-
-def small_pretraining_table(data: str) -> str:
+def pretraining_table(data: str) -> str:
+    """Cost, loss and kNN of pre-training; of raw pixels kNN alone."""
     body = []
-    for arm in small_data.ARMS:
-        for row in rows_of("small_pretraining", data=data, arm=arm):
-            costs = [f"{row['mflop']:.1f}", f"{row['seconds_per_epoch']:.0f}"]
-            knn = [f"{row['knn'][which]:.1f}" for which in ("mean", "cls", "patches")]
-            body.append([arm, *costs, f"{row['losses'][-1]:.3f}", *knn])
+    for arm in [PIXELS, *ARMS]:
+        for row in rows_of(f"pretraining-{data}", arm=arm):
+            cells = ["-"] * 3
+            if arm != PIXELS:
+                cells = [f"{row['mflop']:.1f}", f"{row['seconds_per_epoch']:.0f}"]
+                cells.append(f"{row['losses'][-1]:.3f}")
+            cells += [f"{row['knn'][w]:.1f}" if w in row["knn"] else "-" for w in FEATURES]
+            body.append([arm, *cells])
     head = ["MFLOP", "seconds per epoch", "last loss"]
-    head += ["kNN, mean of patches", "kNN, class token", "kNN, all patches"]
-    return table(["pre-training", *head], body)
+    return table(["pre-training", *head, *(f"kNN, {text}" for text in FEATURES.values())], body)
 
 
-def small_finetuning_table(data: str, key: str) -> str:
-    """Mean ± std over draws of few labels; key: acc1 or mean_class."""
-    rows = rows_of("small_finetuning", data=data)
-    columns = {"linear probe, all": ("probe", "all")}
-    columns |= {f"{n} per class": ("fine-tuning", n) for n in small_data.DATA[data].labels}
+def accuracy_table(data: str, key: str = "acc1") -> str:
+    """Mean ± std over seeds of kNN (if they pre-train), linear probe and fine-tuning.
+
+    Args:
+        key: acc1 or mean_class.
+    """
+    labels = [n for n in DATA[data].labels if n != "all"]
+    columns = {"linear probe": ("probe", "all")}
+    columns |= {f"{n} per class": ("fine-tuning", n) for n in labels}
     columns["all labels"] = ("fine-tuning", "all")
-    body = []
-    for arm in [*small_data.ARMS, "scratch", "scratch, total"]:
-        cells = [
-            mean_std([r[key] for r in rows if (r["task"], r["labels"], r["arm"]) == (*column, arm)])
+    rows = rows_of(f"finetuning-{data}")
+    has_knn = DATA[data].each_pretrains
+    body, counts = [], []
+    for arm in ALL_ARMS:
+        knn = [row["knn"]["mean"] for row in rows_of(f"pretraining-{data}", arm=arm)]
+        values = [knn] if has_knn else []
+        values += [
+            [row[key] for row in rows if (row["arm"], row["task"], row["labels"]) == (arm, *column)]
             for column in columns.values()
         ]
-        if any(cell != "-" for cell in cells):
-            body.append([arm, *cells])
-    return table([{"acc1": "accuracy, %", "mean_class": "balanced, %"}[key], *columns], body)
+        if any(values):
+            body.append([arm, *map(mean_std, values)])
+            counts.append([len(x) for x in values])
+    seeds = ["seeds", *(str(max(column)) for column in zip(*counts, strict=True))]
+    name = {"acc1": "accuracy, %", "mean_class": "mean per-class accuracy, %"}[key]
+    return table([name, *["kNN"] * has_knn, *columns], [*body, seeds] if body else [])
 
 
-def ablation_table() -> str:
+def ablation_table(data: str) -> str:
     body = []
-    for run in ablations.RUNS:
-        if rows := rows_of("ablations", run=run):
-            flops = [f"{rows[0]['gflop'] * 1000:.1f}", f"{rows[0]['mparams']:.2f}"]
-            loss = mean_std([row["losses"][-1] for row in rows], 3)
+    for run in ablations.RUNS[data]:
+        if rows := rows_of(f"ablations-{data}", run=run):
             knn = mean_std([row["knn"] for row in rows])
-            body.append([run, *flops, median_range(rows), loss, knn])
-    return table(["run", "MFLOP", "million parameters", "seconds", "last loss", "kNN, %"], body)
+            cells = ["-"] * 4
+            if run != PIXELS:
+                cells = [f"{rows[0]['mflop']:.1f}", f"{rows[0]['mparams']:.2f}"]
+                cells.append(median_range([row["seconds_per_epoch"] for row in rows]))
+                cells.append(mean_std([row["losses"][-1] for row in rows], 3))
+            body.append([run, *cells, knn])
+    head = ["run", "MFLOP", "million parameters", "seconds per epoch", "last loss", "kNN, %"]
+    return table(head, body)
 
 
 def cost_table() -> str:
@@ -162,14 +145,14 @@ def parity_table() -> str:
 
 
 def main(write: bool) -> None:
-    tables = {}
+    tables = {"cost": cost_table(), "speed": speed_table()}
+    for data in ("fashion-mnist", "elpv"):
+        tables[f"pre-training {data}"] = pretraining_table(data)
     for data in DATA:
-        tables[f"accuracy {data}"] = accuracy_table(data)
-    tables["sweep"] = sweep_table()
-    for data, key in (("fashion-mnist", "acc1"), ("elpv", "mean_class")):
-        tables[f"pre-training {data}"] = small_pretraining_table(data)
-        tables[f"fine-tuning {data}"] = small_finetuning_table(data, key)
-    tables |= {"ablations": ablation_table(), "cost": cost_table(), "speed": speed_table()}
+        key = "mean_class" if data == "elpv" else "acc1"
+        tables[f"accuracy {data}"] = accuracy_table(data, key)
+    for data in ablations.RUNS:
+        tables[f"ablations {data}"] = ablation_table(data)
     tables |= {"reading": reading_table(), "parity": parity_table()}
     for name, text in tables.items():
         print(f"{name}\n\n{text}\n")
