@@ -30,7 +30,7 @@ class Data(NamedTuple):
     probe: str
     few: tuple[int, int]  # epochs with few labels; images per epoch, by repetition
     full: int  # epochs with all labels
-    long: tuple[int, int]  # the two, for scratch with the compute of pre-training
+    long: tuple[int, int]  # the two, for scratch with the FLOPs of pre-training (digits: its time)
     labels: tuple[str, ...]  # per class
     seeds: int
     each_pretrains: bool = False  # each seed its own model; otherwise all take that of seed 0
@@ -75,7 +75,7 @@ DATA = {
         probe="--epochs 5 --warmup_epochs 1 --batch_size 256",
         few=(3, 3200),
         full=5,
-        long=(57, 8),
+        long=(58, 8),
         labels=("1", "5", "20", "100", "all"),
         seeds=3,
         every=2,
