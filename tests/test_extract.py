@@ -138,6 +138,14 @@ def test_shards(checkpoints, image_folder, tmp_path):
     np.testing.assert_allclose(found["features"], expected["features"][:2], atol=1e-6)
 
 
+def test_splits_beside_other_folders_are_no_classes(checkpoints, image_folder, tmp_path):
+    """As tools.demo_data writes them: few/, train/ and val/."""
+    shutil.copytree(image_folder, tmp_path / "data")
+    shutil.copytree(image_folder / "val", tmp_path / "data" / "few")
+    with pytest.raises(UserError, match="holds train and val: name the one you want"):
+        call(checkpoints["vit"][0], tmp_path / "data", tmp_path / "f.npz")
+
+
 def test_odd_file_names(checkpoints, image_folder, tmp_path):
     """.npz keeps the names; features.txt has a line per image, escaped as Python does."""
     names = [b"a\nb.jpg", b"b\xff.jpg", "c\N{GREEK SMALL LETTER ALPHA} d.jpg".encode(), b"e.jpg"]

@@ -63,11 +63,11 @@ def get_args_parser() -> FlagParser:
 def list_labelled(sources: list[str]) -> ImageList:
     """The images, with labels if the source is one folder of class folders only."""
     images = list_images(*sources)
-    if images.classes and set(images.classes) <= SPLITS:
+    splits = [name for name in images.classes if name in SPLITS]
+    if len(splits) > 1 or (splits and splits == images.classes):
         raise UserError(
-            f"{sources[0]} holds {' and '.join(images.classes)}: name the one you want, "
-            f"--data {os.path.join(sources[0], images.classes[0])}, or several for all without "
-            "labels."
+            f"{sources[0]} holds {' and '.join(splits)}: name the one you want, "
+            f"--data {os.path.join(sources[0], splits[0])}, or several for all without labels."
         )
     return images
 

@@ -117,10 +117,9 @@ def describe_machine() -> str:
 
 
 def call(command: str, log: Path, **flags) -> str:
-    """Run `python COMMAND --FLAG=VALUE` with one thread; returns its output.
+    """Run `python COMMAND --FLAG=VALUE` with one thread; returns its output, kept in `log` as well.
 
-    Raises:
-        RuntimeError: it failed; its output is in `log`.
+    Exits if it fails.
     """
     argv = shlex.split(command) + [f"--{name}={value}" for name, value in flags.items()]
     command, env = f"python {shlex.join(argv)}", {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -128,7 +127,8 @@ def call(command: str, log: Path, **flags) -> str:
     done = run([sys.executable, *argv], cwd=ROOT, env=env, stdout=PIPE, stderr=STDOUT, text=True)
     log.write_text(f"{command}\n{done.stdout}")
     if done.returncode != 0:
-        raise RuntimeError(f"`{command}` failed, its output is in {log}.")
+        last = (done.stdout.splitlines() or [""])[-1]
+        sys.exit(f"`{command}` failed, its output is in {log}: {last}")
     return done.stdout
 
 
