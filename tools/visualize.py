@@ -92,9 +92,13 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--num_patches belongs to --attention: add it, or leave this out.")
 
 
-def load_pretrained(checkpoint: str, args: argparse.Namespace):
-    """(model, its arguments); CheckpointError for a classifier."""
-    model, trained = load_trained(checkpoint, model=args.model)
+def load_pretrained(checkpoint: str, name: str | None = None):
+    """(model, its arguments); CheckpointError for a classifier.
+
+    Args:
+        name: of the model, if the file does not hold it.
+    """
+    model, trained = load_trained(checkpoint, model=name)
     if model.kind == "classifier":
         raise CheckpointError(
             f"{checkpoint} is a fine-tuned classifier, which predicts no pixels; give the "
@@ -106,7 +110,7 @@ def load_pretrained(checkpoint: str, args: argparse.Namespace):
 def main(args: argparse.Namespace) -> None:
     check_args(args)
     device = choose_device(args.device, 0)
-    model, trained = load_pretrained(args.checkpoint, args)
+    model, trained = load_pretrained(args.checkpoint, args.model)
     if args.weights:
         figure = draw_feature_map_weights(model, args.caption)
     else:
@@ -116,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
             draw = partial(draw_attention, num_patches=args.num_patches or NUM_PATCHES)
         options = args.mask_ratio, args.kept_mask_ratio, args.seed, args.caption
         if args.compare:
-            models = [(model, trained), *(load_pretrained(c, args) for c in args.compare)]
+            models = [(model, trained), *(load_pretrained(c, args.model) for c in args.compare)]
             models = [(model.to(device), trained) for model, trained in models]
             (mask_ratio,) = args.mask_ratio or [None]
             figure = draw_comparison(models, imgs, mask_ratio, args.seed, args.caption)

@@ -25,6 +25,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs/results"
 sys.path.insert(0, str(ROOT))  # for the project's modules
 
 import main_pretrain  # noqa: E402
@@ -57,7 +58,7 @@ def get_args_parser(doc: str, *flags: str) -> FlagParser:
 
 def read_results(name: str) -> dict:
     """docs/results/NAME.json: machine and rows; without rows if there is no such file."""
-    path = ROOT / f"docs/results/{name}.json"
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {"machine": None, "rows": []}
 
 
@@ -68,7 +69,7 @@ class Results:
     """
 
     def __init__(self, name: str, *key: str):
-        self.path, self.key = ROOT / f"docs/results/{name}.json", key
+        self.path, self.key = RESULTS / f"{name}.json", key
         self.lock = threading.Lock()
         found, self.machine = read_results(name), describe_machine()
         self.rows = found["rows"]
