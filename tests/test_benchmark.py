@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tools import benchmark
-from tools.measure import Timer, compare, count_flops, peak_memory
+from tools.measure import Timer, compare, count_flops, matmul_flops_per_s, peak_memory
 from tools.traffic import Traffic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,3 +97,29 @@ def test_traffic_of_a_step(flags, capsys):
     assert 0.3 < result["ratio_outside_matmul"] < 1 and 0.3 < result["ratio_kept"] < 1
     assert result["gb_in_matmul"] == pytest.approx(result["gb_in_matmul_textbook"], rel=0.1)
     assert result["estimate: ratio, H100 SXM"] > 1
+
+
+def test_recomputing_keeps_less(capsys):
+    """The flags reach the model: each policy keeps less than the one before it."""
+    kept = []
+    for policy in (["--recompute", "none"], ["--recompute", "gelu"], ["--recompute", "all"]):
+        flags = ["--what", "traffic", *TINY.split(), "--json", *policy]
+        benchmark.main(benchmark.get_args_parser().parse_args(flags))
+        kept.append(json.loads(capsys.readouterr().out.splitlines()[-1])["gb_kept"])
+    assert kept[0] > kept[1] > kept[2]
+
+
+def test_threads_are_those_asked_for(capsys):
+    before = torch.get_num_threads()
+    try:
+        flags = ["--what", "traffic", *TINY.split(), "--threads", str(before + 1)]
+        benchmark.main(benchmark.get_args_parser().parse_args(flags))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rate_of_matrix_products(monkeypatch):
+    """2 n^3 FLOPs over the seconds of one product."""
+    monkeypatch.setattr(Timer, "__call__", lambda self, call: 0.5)
+    assert matmul_flops_per_s(CPU, torch.float32, size=16) == 2 * 16**3 / 0.5

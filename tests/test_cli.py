@@ -133,3 +133,23 @@ def test_kept_mask_ratio_is_checked_where_it_acts(flags, is_refused):
     args = get_parser("main_pretrain").parse_args([*flags, "--kept_mask_ratio", "0.75"])
     with pytest.raises(UserError, match="exceeds") if is_refused else contextlib.nullcontext():
         build_pretrain_model(args)
+
+
+@pytest.mark.parametrize(
+    "tool, required",
+    {
+        "data_stats": "PATH",
+        "demo_data": "OUT_DIR",
+        "export": "--checkpoint, --to, --out",
+        "extract": "--data, --out, --checkpoint",
+        "knn": "--data_path, --checkpoint",
+        "plot_log": "DIR, --out",
+        "submit": "--job_dir, SCRIPT, FLAGS",
+        "visualize": "--checkpoint, --out",
+    }.items(),
+)
+def test_tools_name_what_is_missing(tool, required, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"tools.{tool}").get_args_parser().parse_args([])
+    assert stop.value.code == 2
+    assert f"the following arguments are required: {required}" in capsys.readouterr().err

@@ -22,7 +22,15 @@ import main_pretrain
 from models_vit import vit_mini_patch4
 from tools import knn
 from util.data.transforms import build_transform
-from util.eval.knn import count_correct, find_nearest, list_splits, measure_knn, vote
+from util.eval.knn import (
+    ONLINE_K,
+    ONLINE_TEMPERATURE,
+    count_correct,
+    find_nearest,
+    list_splits,
+    measure_knn,
+    vote,
+)
 from util.io.checkpoint_file import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -215,6 +223,11 @@ def test_during_pretraining(num_workers, image_folder, tmp_path, capsys):
     assert logs["knn"] == logs["plain"]
     events = EventAccumulator(str(tmp_path / "knn")).Reload()
     assert [event.step for event in events.Scalars("perf/knn_acc1")] == [1, 2]
+
+
+def test_settings_during_pretraining():
+    """k and temperature of DINO (arXiv 2104.14294), whatever the number of images allows."""
+    assert (ONLINE_K, ONLINE_TEMPERATURE) == (20, 0.07)
 
 
 def test_ranks_share_the_images(tmp_path, capsys):

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,36 @@ def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs an optional package: pip install submitit"):
         submit.main(parse("--job_dir", tmp_path, "main_pretrain.py"))
+
+
+@pytest.mark.parametrize("ngpus, tasks, gpus", [(8, 8, 8), (0, 1, None)])
+def test_job_of_slurm(ngpus, tasks, gpus, tmp_path, monkeypatch):
+    """What submitit is asked for: a task and a GPU per process, or one task on the CPU."""
+
+    class Executor:
+        def __init__(self, folder, cluster, **options):
+            asked.update(folder=folder, cluster=cluster, **options)
+
+        def update_parameters(self, **parameters):
+            asked.update(parameters)
+
+        def submit(self, training):
+            return SimpleNamespace(job_id="7")
+
+    asked = {}
+    stub = ModuleType("submitit")
+    stub.__spec__ = importlib.util.spec_from_loader("submitit", None)
+    stub.AutoExecutor = Executor
+    monkeypatch.setitem(sys.modules, "submitit", stub)
+    monkeypatch.setenv("PYTHONPATH", "")
+    words = ["--nodes", 2, "--ngpus", ngpus, "--timeout", 90, "--partition", "gpu"]
+    submit.main(parse(*words, "--job_dir", tmp_path, "main_pretrain.py", *FLAGS))
+    assert asked == {
+        **{"folder": tmp_path / "%j", "cluster": "slurm", "slurm_max_num_timeout": 100},
+        **{"name": "crossmae", "nodes": 2, "tasks_per_node": tasks, "gpus_per_node": gpus},
+        **{"cpus_per_task": 10, "timeout_min": 90, "slurm_partition": "gpu"},
+        "slurm_signal_delay_s": 120,
+    }
 
 
 def test_wrong_flags_end_before_the_queue(tmp_path, capsys):

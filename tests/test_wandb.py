@@ -26,14 +26,17 @@ class Stub(types.ModuleType):
     def __init__(self):
         super().__init__("wandb")
         self.__spec__ = importlib.util.spec_from_loader("wandb", None)
-        self.inits, self.rows, self.num_finished = [], [], 0
+        self.inits, self.rows, self.axes, self.num_finished = [], [], {}, 0
         self.Image = lambda pixels: pixels.shape
 
     def init(self, **options):
         self.inits.append(options)
         return types.SimpleNamespace(
-            define_metric=lambda *args, **kwargs: None, log=self.rows.append, finish=self.finish
+            define_metric=self.define_metric, log=self.rows.append, finish=self.finish
         )
+
+    def define_metric(self, name, step_metric):
+        self.axes[name] = step_metric
 
     def finish(self):
         self.num_finished += 1
@@ -59,6 +62,7 @@ def test_points_are_those_of_tensorboard(stub, image_folder, tmp_path):
     assert any(row.get("reconstructions", (0, 0, 0))[2] == 3 for row in stub.rows)
     (options,) = stub.inits
     assert options["project"] == "digits" and options["config"]["decoder_depth"] == 1
+    assert stub.axes == {"*": "epoch_1000x", "perf/*": "epoch"}
     assert stub.num_finished == 1
 
 
