@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
+from util.data.loaders import START_METHOD
 from util.data.sources import evenly_spaced, is_folder, list_folder, list_images
 from util.data.stats import (
     MODE_16_BIT,
@@ -71,7 +72,13 @@ def show_part(place: Path, args) -> tuple[list[ImageStats], Counter, int]:
     chosen = evenly_spaced(paths, args.limit or len(paths))
     if len(chosen) < len(paths):
         show("opened", f"{len(chosen)} of them, evenly spaced; all that follows is about these")
-    loader = DataLoader(chosen, batch_size=None, num_workers=args.num_workers, collate_fn=inspect)
+    loader = DataLoader(
+        chosen,
+        batch_size=None,
+        collate_fn=inspect,
+        num_workers=args.num_workers,
+        multiprocessing_context=START_METHOD if args.num_workers else None,
+    )
     results = list(tqdm(loader, desc="inspect", unit="image", disable=None))
     stats = [result for result in results if isinstance(result, ImageStats)]
     if stats:

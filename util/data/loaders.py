@@ -7,6 +7,7 @@ Shapes: B images, C channels, H height, W width.
 
 import atexit
 import logging
+import sys
 import traceback
 from collections.abc import Iterator
 
@@ -22,6 +23,8 @@ from util.run.signals import ignore_signals_in_worker, kill_workers
 
 logger = logging.getLogger(__name__)
 
+# Workers inherit the index of the images. Python 3.14's default would send it to new processes.
+START_METHOD = "fork" if sys.platform == "linux" else None
 SHOWN_PATHS = 5  # of images that --skip_bad_images replaced
 
 
@@ -174,6 +177,7 @@ def build_loader(dataset: Dataset, batch_sampler: Sampler, args) -> DeviceLoader
         persistent_workers=args.num_workers > 0,
         prefetch_factor=args.prefetch if args.num_workers > 0 else None,
         worker_init_fn=ignore_signals_in_worker,
+        multiprocessing_context=START_METHOD if args.num_workers > 0 else None,
         generator=torch.Generator(),  # its own: the model's random numbers are not used
     )
     if args.num_workers > 0:  # they ignore SIGTERM, with which Python would end them at its exit

@@ -147,9 +147,10 @@ def index_shard(path: str) -> ShardIndex:
     Hard links are followed to their bytes. Damaged shards and sparse members, whose bytes are not
     contiguous, raise tarfile.TarError, OSError or what tarfile raises for invalid headers.
     """
-    entries, names, cls, size = [], [], {}, os.path.getsize(path)
+    entries, names, cls, size, end = [], [], {}, os.path.getsize(path), 0
     with tarfile.open(path, "r:") as tar:
         for member in tar:
+            end = end_of(member)
             name = member.name.removeprefix("./")
             is_label = name.endswith(".cls")
             if not (is_label or is_image_name(name)) or f"/{name}".count("/."):
@@ -168,15 +169,23 @@ def index_shard(path: str) -> ShardIndex:
                 continue
             entries.append((0, member.offset, data.offset_data, data.size, is_array(name), -1))
             names.append(name)
-        tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header as the end
+        tar.fileobj.seek(end)  # tarfile takes a damaged header as the end
         while rest := tar.fileobj.read(2**20):
             if rest.strip(b"\0"):
-                raise tarfile.ReadError(f"it is damaged near byte {tar.offset}")
+                raise tarfile.ReadError(f"it is damaged near byte {end}")
     images, labels = np.array(entries, dtype=INDEX_ENTRY), [label_of(name, cls) for name in names]
     classes = sorted(set(labels) - {""})
     ids = {name: index for index, name in enumerate(classes)}
     images["label"] = [ids.get(label, -1) for label in labels]
     return ShardIndex(images, classes, bool(cls))
+
+
+def end_of(member: tarfile.TarInfo) -> int:
+    """Byte of the tar file behind this member."""
+    if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES:
+        num_blocks = -(-member.size // tarfile.BLOCKSIZE)
+        return member.offset_data + num_blocks * tarfile.BLOCKSIZE
+    return member.offset_data
 
 
 def label_of(name: str, cls: dict[str, str]) -> str:
