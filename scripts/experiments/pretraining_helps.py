@@ -78,6 +78,7 @@ DATA = {
         long=(58, 8),
         labels=("1", "5", "20", "100", "all"),
         seeds=3,
+        features=("mean", "patches"),
         every=2,
         curve="few",
     ),
