@@ -27,7 +27,7 @@ is_new_python() {
 
 make_venv() {
     local candidate
-    for candidate in python3 python3.13 python3.12 python3.11; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
         if is_new_python "$candidate"; then
             say "Creating .venv with $("$candidate" --version) ($(command -v "$candidate"))"
             "$candidate" -m venv "$ROOT/.venv" && return
@@ -36,7 +36,7 @@ make_venv() {
                 "package python3-venv may be missing)."
         fi
     done
-    stop "no Python 3.11 or newer was found (tried python3, python3.13, python3.12, python3.11)."
+    stop "no Python 3.11 or newer was found (tried python3, then python3.14 to python3.11)."
 }
 
 # Run a command that may be silent for minutes and print progress every 20 seconds.
