@@ -178,11 +178,12 @@ class Experiment:
         features = common.Results(f"pretraining-{self.name}", "arm", "seed")
         accuracies = common.Results(f"finetuning-{self.name}", "task", "arm", "labels", "seed")
 
-        features.measure(self.pretrain, product(pretrained, own), args.jobs)
+        if "kNN" in args.tasks:
+            features.measure(self.pretrain, product(pretrained, own), args.jobs)
         for _, arm, n, seed in accuracies.find_missing(runs):
             self.subset(n, seed)  # before runs in parallel share it
             if arm in ARMS and not self.checkpoint(arm, seed).exists():
-                self.pretrain(arm, seed)  # again: its folder was deleted
+                self.pretrain(arm, seed)
         accuracies.measure(self.finetune, runs, args.jobs)
 
 
