@@ -153,3 +153,9 @@ def test_tools_name_what_is_missing(tool, required, capsys):
         importlib.import_module(f"tools.{tool}").get_args_parser().parse_args([])
     assert stop.value.code == 2
     assert f"the following arguments are required: {required}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", ["main_pretrain", "main_finetune"])
+def test_nothing_is_skipped_unless_asked(main):
+    args = get_parser(main).parse_args([])
+    assert args.skip_bad_images is False and args.skip_nonfinite == 0
