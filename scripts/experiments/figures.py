@@ -1,6 +1,6 @@
-"""Draw loss and kNN of pre-training on Fashion-MNIST against time and FLOPs, from docs/results.
+"""Draw loss and kNN of pre-training against time and FLOPs, from docs/results.
 
-python scripts/experiments/figures.py
+python scripts/experiments/figures.py --data elpv    # docs/images/elpv-cost.png
 """
 
 import common
@@ -8,29 +8,33 @@ from matplotlib.figure import Figure
 from pretraining_helps import ARMS
 
 from tools.plot_log import FONT_SIZE, draw_panel
+from util.run.flags import add_flag
 from util.vis.figures import DPI, save_figure
 
+NUM_IMAGES = {"fashion-mnist": 60_000, "elpv": 2_100}
 TRAINING = 3  # FLOPs of a step over those of its forward pass, about: backward takes two
 
 
-def draw_costs(rows: list[dict], num_images: int) -> Figure:
-    """Panels of loss and kNN (rows) against minutes and TFLOP (columns), a line for each arm."""
+def draw_costs(rows: dict[str, dict], num_images: int) -> Figure:
+    """Panels of loss and kNN (rows) against minutes and TFLOP (columns), a line per arm."""
     figure = Figure(figsize=(6.4, 4.2), dpi=DPI, layout="constrained")
-    styles = {arm: dict(color=f"C{i}") for i, arm in enumerate(ARMS)}
+    styles = {arm: dict(color=f"C{i}") for i, arm in enumerate(rows)}
     units = {
-        "minutes": {row["arm"]: row["seconds_per_epoch"] / 60 for row in rows},
-        "TFLOP": {row["arm"]: TRAINING * row["mflop"] * num_images / 1e6 for row in rows},
+        "minutes": {arm: row["seconds_per_epoch"] / 60 for arm, row in rows.items()},
+        "TFLOP": {arm: TRAINING * row["mflop"] * num_images / 1e6 for arm, row in rows.items()},
     }
     curves = {
-        "loss (MSE of normalized pixels)": {r["arm"]: [*enumerate(r["losses"])] for r in rows},
-        "kNN accuracy, %": {r["arm"]: [(int(e), k) for e, k in r["curve"].items()] for r in rows},
+        "loss (MSE of normalized pixels)": {a: [*enumerate(r["losses"])] for a, r in rows.items()},
+        "kNN accuracy, %": {
+            a: [(int(e), k) for e, k in r["curve"].items()] for a, r in rows.items()
+        },
     }
     for i, (label, by_arm) in enumerate(curves.items()):
         for j, (unit, per_epoch) in enumerate(units.items()):
             axes = figure.add_subplot(2, 2, 1 + 2 * i + j)
             scaled = {
-                arm: [((epoch + 1) * per_epoch[arm], value) for epoch, value in by_arm[arm]]
-                for arm in ARMS
+                arm: [((epoch + 1) * per_epoch[arm], value) for epoch, value in curve]
+                for arm, curve in by_arm.items()
             }
             lines = draw_panel(axes, scaled, styles)
             axes.set_xlabel(unit)
@@ -43,6 +47,10 @@ def draw_costs(rows: list[dict], num_images: int) -> Figure:
 
 
 if __name__ == "__main__":
-    common.get_args_parser(__doc__).parse_args()
-    rows = [r for r in common.read_results("pretraining-fashion-mnist")["rows"] if r["arm"] in ARMS]
-    save_figure(draw_costs(rows, 60_000), common.ROOT / "docs/images/fashion-mnist-cost.png")
+    parser = common.get_args_parser(__doc__)
+    text = "data set of pretraining_helps.py"
+    add_flag(parser, "--data", str, "elpv", text, choices=list(NUM_IMAGES))
+    name = parser.parse_args().data
+    found = {row["arm"]: row for row in common.read_results(f"pretraining-{name}")["rows"]}
+    rows = {arm: found[arm] for arm in ARMS if arm in found}
+    save_figure(draw_costs(rows, NUM_IMAGES[name]), common.ROOT / f"docs/images/{name}-cost.png")
