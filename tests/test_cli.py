@@ -144,7 +144,7 @@ def test_kept_mask_ratio_is_checked_where_it_acts(flags, is_refused):
         "extract": "--data, --out, --checkpoint",
         "knn": "--data_path, --checkpoint",
         "plot_log": "DIR, --out",
-        "submit": "--job_dir, SCRIPT, FLAGS",
+        "submit": "--job_dir, SCRIPT",
         "visualize": "--checkpoint, --out",
     }.items(),
 )
