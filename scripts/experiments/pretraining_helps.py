@@ -126,6 +126,10 @@ class Experiment:
         seed = seed if self.data.each_pretrains else 0
         return common.name_folder(self.out, arm, seed) / "checkpoint.pth"
 
+    def is_trained(self, arm: str, seed: int) -> bool:
+        checkpoint = self.checkpoint(arm, seed)
+        return checkpoint.exists() and len(common.read_log(checkpoint.parent)) == self.data.epochs
+
     def pretrain(self, arm: str, seed: int) -> dict:
         """Pre-train, unless it is done; what is known of the run, and kNN on the way."""
         data, checkpoint = self.data, self.checkpoint(arm, seed)
@@ -166,10 +170,9 @@ class Experiment:
         pretrained = [arm for arm in (PIXELS, *ARMS) if arm in args.arms]
         seeds = range(args.seeds or data.seeds)
         own = seeds if data.each_pretrains else [0]  # the others differ in few labels only
-        labels = [n for n in args.labels or data.labels if n in data.labels]
         runs = [
             ("fine-tuning", arm, n, seed)
-            for n in labels
+            for n in args.labels or data.labels
             for seed in (own if n == "all" else seeds)
             for arm in ALL_ARMS
         ]
@@ -182,7 +185,7 @@ class Experiment:
             features.measure(self.pretrain, product(pretrained, own), args.jobs)
         for _, arm, n, seed in accuracies.find_missing(runs):
             self.subset(n, seed)  # before runs in parallel share it
-            if arm in ARMS and not self.checkpoint(arm, seed).exists():
+            if arm in ARMS and not self.is_trained(arm, seed):
                 self.pretrain(arm, seed)
         accuracies.measure(self.finetune, runs, args.jobs)
 
