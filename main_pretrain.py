@@ -173,11 +173,9 @@ def main(args) -> None:
     if args.replay:
         write_nothing(args)
     pretrained = read_pretrained(args.init_from) if args.init_from and not args.resume else None
-    if checkpoint is not None:
-        adopt_input(args, get_args_parser(), checkpoint.get("args", {}), args.resume)
-    elif pretrained is not None:
-        stored = pretrained.get("args", {})
-        adopt_input(args, get_args_parser(), stored, args.init_from, may_differ=True)
+    stored = (checkpoint or pretrained or {}).get("args", {})
+    source = args.resume or args.init_from
+    adopt_input(args, get_args_parser(), stored, source, may_differ=checkpoint is None)
     set_mean_std(args)
     args.data_path = localize(args.data_path, args.shard_cache, "train", "", any_part=True)
     dataset = build_pretrain_dataset(args)  # before the model: mistakes show at once

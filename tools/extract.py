@@ -60,7 +60,7 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def list_labelled(sources: list[str]) -> ImageList:
+def list_images_with_labels(sources: list[str]) -> ImageList:
     """The images, with labels if the source is one folder of class folders only."""
     images = list_images(*sources)
     splits = [name for name in images.classes if name in SPLITS]
@@ -110,7 +110,7 @@ def write_npy(path: Path, batches, shape: tuple[int, ...], names: list[str]) -> 
 def main(args: argparse.Namespace) -> None:
     if args.out.suffix not in (".npz", ".npy"):
         raise UserError(f"--out {args.out} must end in .npz, or in .npy for large sets.")
-    images = list_labelled(args.data)
+    images = list_images_with_labels(args.data)
     model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
     set_inference_flags(trained, args)
     which = args.which or default_feature(model)

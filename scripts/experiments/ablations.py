@@ -1,4 +1,4 @@
-"""Small ablations: each run changes one setting of the first.
+"""Small ablations: each run changes one setting of a base.
 
     python scripts/experiments/ablations.py --data digits [--seeds 3]
     python scripts/experiments/ablations.py --data fashion-mnist --from DIR --seeds 1

@@ -3,6 +3,8 @@
 python scripts/experiments/figures.py --data elpv    # docs/images/elpv-cost.png
 """
 
+import sys
+
 import common
 from matplotlib.figure import Figure
 from pretraining_helps import ARMS
@@ -53,4 +55,6 @@ if __name__ == "__main__":
     name = parser.parse_args().data
     found = {row["arm"]: row for row in common.read_results(f"pretraining-{name}")["rows"]}
     rows = {arm: found[arm] for arm in ARMS if arm in found}
+    if not rows:
+        sys.exit(f"There are no runs of {name} yet: run pretraining_helps.py --data {name} first.")
     save_figure(draw_costs(rows, NUM_IMAGES[name]), common.ROOT / f"docs/images/{name}-cost.png")
