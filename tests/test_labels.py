@@ -69,7 +69,7 @@ def test_labels_are_those_of_the_class_folders(folders):
             assert list_images(folders[kind] / split).classes == classes
     assert list_pretrain_images(str(folders["cls"])).classes == []
     assert [len(part) for part in knn.list_splits(str(folders["folder"]))] == [2, 34, 12]
-    assert extract.list_labelled([str(folders["cls"] / "val")]).classes == ["0", "1"]
+    assert extract.list_images_with_labels([str(folders["cls"] / "val")]).classes == ["0", "1"]
 
 
 def test_fine_tuning_and_evaluation_equal_those_on_folders(folders, tmp_path):
