@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 setup_environment requirements.txt scripts/requirements-demo.txt tests/requirements.txt
 cd "$ROOT"
-python -m pytest tests -n auto --maxprocesses 4 --dist loadfile "$@"
+# One process more than cores, at most 4: some tests wait for time limits.
+python -m pytest tests -n $((CORES < 4 ? CORES + 1 : 4)) --dist loadfile "$@"

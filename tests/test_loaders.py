@@ -1,6 +1,8 @@
 """The order of images, replaced images, errors of workers, and slow data loading."""
 
 import logging
+import multiprocessing
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from util.data.loaders import (
 from util.datasets import MAX_ATTEMPTS, build_dataset, build_pretrain_dataset
 from util.io.errors import BadImage
 from util.optim import NativeScalerWithGradNormCount
+from util.run.signals import kill_workers
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -34,6 +37,17 @@ def settings(folder, **changes) -> Namespace:
     augment = dict(color_jitter=None, aa="", reprob=0.0, remode="pixel", recount=1)
     more = dict(device=torch.device("cpu"), data_path=str(folder), skip_bad_images=False)
     return Namespace(**(images | loading | augment | more | changes))
+
+
+@pytest.fixture(autouse=True)
+def end_workers():
+    """As at the end of a run: an iterator that an error left behind would wait 10 s for them."""
+    yield
+    handler = signal.getsignal(signal.SIGCHLD)
+    kill_workers()
+    for worker in multiprocessing.active_children():
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
 
 
 @pytest.fixture
