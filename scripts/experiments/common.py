@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import statistics
@@ -182,14 +183,19 @@ def seconds_per_epoch(folder: Path) -> float:
     return statistics.median(seconds / epochs for epochs, seconds in steps)
 
 
-def finetune(flags: str, folder: Path, **paths: Path) -> dict:
-    """Fine-tune in `folder`, or continue there; accuracies after the last epoch."""
-    command = f"main_finetune.py {flags} --resume auto"
-    call(command, folder / "output.txt", output_dir=folder, **paths)
-    last = read_log(folder)[-1]
-    for checkpoint in folder.glob("*.pth"):
-        checkpoint.unlink()
-    return dict(acc1=last["test_acc1"], mean_class=last["test_mean_class"])
+def finetune(flags: str, folder: Path, labeled: Path, test: Path, **paths: Path) -> dict:
+    """Fine-tune on labeled/train in `folder`, or continue there; accuracies on test/val in percent,
+    of the last weights.
+    """
+    command, checkpoint = f"main_finetune.py {flags}", folder / "checkpoint.pth"
+    paths |= dict(data_path=labeled, output_dir=folder)
+    call(f"{command} --resume auto", folder / "output.txt", **paths)
+    paths = dict(data_path=test, resume=checkpoint, report=folder / "report")
+    printed = call(f"{command} --eval", folder / "eval.txt", **paths)
+    mean_class, acc1 = re.search(r"per-class accuracy ([\d.]+), Acc@1 ([\d.]+)", printed).groups()
+    for path in folder.glob("*.pth"):
+        path.unlink()
+    return dict(acc1=float(acc1), mean_class=float(mean_class))
 
 
 def knn(checkpoint: Path, data: Path, which: str = "mean", k: int = 20) -> float:
@@ -215,7 +221,7 @@ def pixel_knn(data: Path, k: int = 20) -> float:
 
 def label_subset(data: Path, labels: str, seed: int, size: int, out: Path) -> Path:
     """Data set in `out` with at most `labels` random training images of each class, each linked
-    as often as `size` images need; `data` itself for "all".
+    as often as `size` images need, and once for validation; `data` itself for "all".
     """
     if labels == "all":
         return data
@@ -228,11 +234,11 @@ def label_subset(data: Path, labels: str, seed: int, size: int, out: Path) -> Pa
             chosen[path.name] = rng.sample(images, min(int(labels), len(images)))
         copies = math.ceil(size / sum(map(len, chosen.values())))
         for name, images in chosen.items():
-            links = folder / "train" / name
-            links.mkdir(parents=True)
-            for image, i in product(images, range(copies)):
-                (links / f"{image.stem}_{i}{image.suffix}").symlink_to(image)
-        (folder / "val").symlink_to(data / "val")
+            for part, times in (("train", copies), ("val", 1)):
+                links = folder / part / name
+                links.mkdir(parents=True)
+                for image, i in product(images, range(times)):
+                    (links / f"{image.stem}_{i}{image.suffix}").symlink_to(image)
 
     subset = out / f"labels-{labels}-{seed}"
     make_folder(subset, write)

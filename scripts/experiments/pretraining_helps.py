@@ -148,9 +148,8 @@ class Experiment:
 
     def finetune(self, task: str, arm: str, labels: str, seed: int) -> dict:
         """One fine-tuning run or linear probe."""
-        data, paths = self.data, dict(data_path=self.subset(labels, seed))
-        if arm in ARMS:
-            paths["finetune"] = self.checkpoint(arm, seed)
+        data = self.data
+        pretrained = dict(finetune=self.checkpoint(arm, seed)) if arm in ARMS else {}
         flags = f"{FINETUNE} {data.flags} --seed {seed}"
         if task == "probe":
             flags += f" {PROBE} {data.probe}"
@@ -159,7 +158,7 @@ class Experiment:
             flags += f" {data.finetune} --epochs {schedule[labels == 'all']}"
             flags += f" --layer_decay {0.65 if arm in ARMS else 1}"
         folder = common.name_folder(self.out, task, arm, labels, seed)
-        return common.finetune(flags, folder, **paths)
+        return common.finetune(flags, folder, self.subset(labels, seed), self.labeled, **pretrained)
 
     def subset(self, labels: str, seed: int) -> Path:
         return common.label_subset(self.labeled, labels, seed, self.data.few[1], self.out)
