@@ -190,9 +190,10 @@ def finetune(flags: str, folder: Path, labeled: Path, test: Path, **paths: Path)
     command, checkpoint = f"main_finetune.py {flags}", folder / "checkpoint.pth"
     paths |= dict(data_path=labeled, output_dir=folder)
     call(f"{command} --resume auto", folder / "output.txt", **paths)
-    paths = dict(data_path=test, resume=checkpoint, report=folder / "report")
-    printed = call(f"{command} --eval", folder / "eval.txt", **paths)
-    mean_class, acc1 = re.search(r"per-class accuracy ([\d.]+), Acc@1 ([\d.]+)", printed).groups()
+    printed = call(f"{command} --eval", folder / "eval.txt", data_path=test, resume=checkpoint)
+    (acc1,), (mean_class,) = (
+        re.findall(rf"{name} ([\d.]+)", printed) for name in ("Acc@1", "class accuracy:")
+    )
     for path in folder.glob("*.pth"):
         path.unlink()
     return dict(acc1=float(acc1), mean_class=float(mean_class))
