@@ -1,5 +1,6 @@
 """Shared by all tests: the repository on sys.path, tiny models and an image folder."""
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(1)  # tensors are too small to benefit from threads
+# Tensors are too small to benefit from threads; processes that tests start inherit these.
+torch.set_num_threads(1)
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def pytest_addoption(parser):

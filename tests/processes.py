@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import resource
+import runpy
 import select
 import shutil
 import signal
@@ -91,7 +92,7 @@ class ForkServer:
     def open(self) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        environment["PYTHONPATH"] = path
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -145,10 +146,13 @@ class ForkServer:
             steps: file for a line per step: epoch, iteration, exact loss and gradient norm.
             faults: arguments of `inject_faults`.
         """
+        return self.fork(output, command, env, steps=steps and str(steps), faults=faults)
+
+    def fork(self, output: Path, command: list, env: dict[str, str] | None, **request) -> Run:
+        """Send a request: see `set_up_process` and what follows it at the end of this file."""
         if self.process is None:
             self.open()
-        request = {"command": list(map(str, command)), "output": str(output), "env": env or {}}
-        request |= {"steps": str(steps) if steps else None, "faults": faults}
+        request |= {"output": str(output), "command": list(map(str, command)), "env": env or {}}
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
         self.read_until(lambda: self.started, 30)
@@ -245,6 +249,23 @@ def small_images() -> Path:
     return root
 
 
+def run_python(*words, cwd: Path = ROOT, env=None) -> subprocess.CompletedProcess:
+    """`python WORDS` as a user runs it: -m MODULE, -c CODE or a file, and what follows.
+
+    The process starts with PyTorch and the scripts imported; use `subprocess` where that matters.
+    """
+    run = start_python(*words, cwd=cwd, env=env)
+    code, errors = run.wait(120), run.output.with_name("errors").read_text()
+    return subprocess.CompletedProcess(words, code, run.text(), errors)
+
+
+def start_python(*words, cwd: Path = ROOT, env=None) -> Run:
+    """The same, without waiting for its end; standard error goes into the file `errors`."""
+    folder = make_temp_dir()
+    more = dict(python=True, errors=str(folder / "errors"), cwd=str(cwd))
+    return fork_server.fork(folder / "output", words, env, **more)
+
+
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 fork_server = ForkServer()
 
@@ -264,7 +285,7 @@ def start_torchrun(command: list[str], output: Path, *more) -> subprocess.Popen:
         return subprocess.Popen(
             list(map(str, line)),
             cwd=ROOT,
-            env=env | {"OMP_NUM_THREADS": "1"},
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -403,20 +424,38 @@ def serve() -> dict:
             report("started", pid, 0)
 
 
-def set_up_run(request: dict):
-    """Redirect output and set environment, arguments and faults; returns the main module."""
-    for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY | os.O_APPEND | os.O_CREAT)):
-        file = os.open(request["output"] if descriptor else os.devnull, flags)
-        os.dup2(file, descriptor)
-    os.dup2(1, 2)
+def set_up_process(request: dict) -> None:
+    """Redirect input and output, and set the environment."""
+    output, append = request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    files = [(os.devnull, os.O_RDONLY), (output, append), (request.get("errors", output), append)]
+    for descriptor, (path, flags) in enumerate(files):
+        os.dup2(os.open(path, flags), descriptor)
     os.environ.update(request["env"])
-    name, *flags = request["command"]
+
+
+def run_script(name: str, *flags: str, steps: str | None, faults: dict) -> None:
+    """Run main_pretrain or main_finetune; for the other arguments see `ForkServer.start`."""
     sys.argv = [f"{name}.py", *flags]
-    if request["steps"]:
-        record_steps(request["steps"])
-    if request["faults"]:
-        inject_faults(**request["faults"])
-    return sys.modules[name]
+    if steps:
+        record_steps(steps)
+    if faults:
+        inject_faults(**faults)
+    main = sys.modules[name]
+    launch(main.main, main.get_args_parser().parse_args())
+
+
+def run_as_python(first: str, *words: str, cwd: str) -> None:
+    """What `python FIRST WORDS` does."""
+    os.chdir(cwd)
+    sys.path[0] = cwd
+    sys.argv = [first, *words[1:]] if first in ("-m", "-c") else [first, *words]
+    if first == "-m":
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        exec(compile(words[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.path[0] = str(Path(first).resolve().parent)
+        runpy.run_path(first, run_name="__main__")
 
 
 if __name__ == "__main__":
@@ -425,5 +464,9 @@ if __name__ == "__main__":
     import main_pretrain  # noqa: F401
     from util.run.launch import launch
 
-    main = set_up_run(serve())
-    launch(main.main, main.get_args_parser().parse_args())
+    request = serve()
+    set_up_process(request)
+    if request.get("python"):
+        run_as_python(*request["command"], cwd=request["cwd"])
+    else:
+        run_script(*request["command"], steps=request["steps"], faults=request["faults"])

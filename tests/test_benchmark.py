@@ -1,12 +1,11 @@
 """The benchmark prints its JSON keys, and FLOPs, memory and ratios are measured correctly."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 
 from tools import benchmark
 from tools.measure import Timer, compare, count_flops, matmul_flops_per_s, peak_memory
@@ -19,12 +18,12 @@ TINY = "--model mae_vit_mini_patch4 --input_size 32 --batch_size 2 --decoder_dep
 
 @pytest.mark.parametrize("what", ["step", "eval", "optimizer", "loader"])
 def test_json_on_the_last_line(what, image_folder):
-    command = [sys.executable, "-m", "tools.benchmark", "--what", what, *TINY.split(), "--json"]
+    command = ["-m", "tools.benchmark", "--what", what, *TINY.split(), "--json"]
     if what == "loader":
         command += ["--images", str(image_folder)]
     if what == "eval":
         command[command.index("mae_vit_mini_patch4")] = "vit_mini_patch4"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["what"] == what and result["ratio_median"] > 0 and result["ratio_min"] > 0

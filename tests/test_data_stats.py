@@ -2,14 +2,13 @@
 
 import re
 import shlex
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_python
 
 import main_finetune
 import main_pretrain
@@ -258,8 +257,7 @@ def test_invalid_arguments(path, more, message, capsys, tmp_path):
 
 def test_command_line(image_folder):
     """As a user runs it, with a DataLoader worker."""
-    command = [sys.executable, "-m", "tools.data_stats", str(image_folder), "--num_workers", "1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_python("-m", "tools.data_stats", image_folder, "--num_workers", 1)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert line(result.stdout, "formats") == "JPEG 4, PNG 4"
     assert line(result.stdout, "unreadable") == "0" and len(commands(result.stdout)) == 2

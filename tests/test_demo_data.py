@@ -5,8 +5,6 @@ import hashlib
 import json
 import re
 import struct
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_python
 from torchvision.datasets import FashionMNIST
 
 from tools import demo_data, image_set
@@ -128,12 +127,7 @@ def test_invalid_labels_per_class_is_refused(tmp_path, labels_per_class):
 def test_missing_scikit_learn_is_reported_with_the_remedy(tmp_path):
     blocked = "import sys; sys.modules['sklearn'] = None; sys.argv = ['demo_data', sys.argv[1]]; "
     run = "import runpy; runpy.run_module('tools.demo_data', run_name='__main__')"
-    result = subprocess.run(
-        [sys.executable, "-c", blocked + run, str(tmp_path / "digits")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    result = run_python("-c", blocked + run, tmp_path / "digits")
     assert result.returncode == 1
     assert "Error: " in result.stdout and len(result.stdout.splitlines()) == 1, result.stderr
     assert "pip install -r scripts/requirements-demo.txt" in result.stdout

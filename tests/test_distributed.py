@@ -1,19 +1,15 @@
 """Distributed runs: launcher variables, devices, and equality of one and two ranks."""
 
 import argparse
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from processes import (
-    LAUNCHER_VARIABLES,
-    ROOT,
     fork_server,
     free_port,
     make_temp_dir,
+    start_python,
     uninterrupted_run,
 )
 
@@ -139,28 +135,18 @@ distributed.close()
 """
 
 
-def start_ranks(code: str, size: int, *arguments) -> list[subprocess.Popen]:
-    """Run the code on one rank, or in a process group of several."""
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if size > 1:
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        env |= {"WORLD_SIZE": str(size)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            env=env | ({"RANK": str(rank)} if size > 1 else {}),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+def run_ranks(code: str, size: int, *arguments) -> list[str]:
+    """Run the code on one rank, or in a process group of several: the output of each."""
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(size))
+    envs = [shared | {"RANK": str(rank)} if size > 1 else {} for rank in range(size)]
+    runs = [start_python("-c", code, *arguments, env=env) for env in envs]
+    assert [run.wait(120) for run in runs] == [0] * size, runs[0].text()
+    return [run.text() for run in runs]
 
 
 def test_buffers_are_broadcast_from_rank_0():
     """BatchNorm statistics differ between ranks after a step; those of rank 0 are saved."""
-    texts = [rank.communicate(timeout=120)[0] for rank in start_ranks(BUFFERS, 2)]
-    assert texts == ["[5.0, 5.0]\n"] * 2
+    assert run_ranks(BUFFERS, 2) == ["[5.0, 5.0]\n"] * 2
 
 
 def test_two_ranks_match_one_with_twice_the_batch(tmp_path):
@@ -168,9 +154,7 @@ def test_two_ranks_match_one_with_twice_the_batch(tmp_path):
     results = {}
     for size in (1, 2):
         path = tmp_path / f"{size}.pth"
-        ranks = start_ranks(STEP, size, path)
-        text = ranks[0].communicate(timeout=120)[0]
-        assert [rank.wait(60) for rank in ranks] == [0] * size
+        text, *_ = run_ranks(STEP, size, path)
         numbers = torch.tensor([list(map(float, line.split())) for line in text.splitlines()])
         results[size] = numbers, torch.load(path, weights_only=True)
     assert results[1][0].shape == (3, 2)

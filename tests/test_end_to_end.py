@@ -1,7 +1,6 @@
 """Pre-training, fine-tuning and evaluation by the real commands; invalid flags."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from parity_data import read_json
+from processes import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_finetune
@@ -23,23 +23,14 @@ CROSS = ["--cross_mae", "--weight_fm", "--use_input"]
 FINETUNE = ["--model", "vit_mini_patch4", *SMALL]
 
 
-def run_script(*command: str, num_ranks: int = 0) -> str:
-    """Output of a script run as a user would run it; num_ranks > 0: through torchrun."""
-    launcher = [sys.executable]
-    if num_ranks:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher = [*torchrun, f"--nproc_per_node={num_ranks}"]
-    result = subprocess.run(
-        [*launcher, *command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
+def torchrun(*command: str) -> str:
+    """Output of a script on two ranks, as a user starts it."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*line, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
     )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
+    assert done.returncode == 0, done.stdout.decode()
+    return done.stdout.decode()
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +39,13 @@ def finished_runs(tmp_path_factory, image_folder):
     folder = tmp_path_factory.mktemp("runs")
     data = ["--data_path", str(image_folder)]
     out = {}
-    out["pretrain"] = run_script(
-        "main_pretrain.py", *PRETRAIN, *CROSS, *data, "--output_dir", f"{folder}/pre", num_ranks=2
+    out["pretrain"] = torchrun(
+        "main_pretrain.py", *PRETRAIN, *CROSS, *data, "--output_dir", f"{folder}/pre"
     )
     pretrained = ["--finetune", f"{folder}/pre/checkpoint.pth"]
-    out["finetune"] = run_script(
+    out["finetune"] = torchrun(
         *["main_finetune.py", *FINETUNE, *data, *pretrained, "--dist_eval"],
         *["--mixup", "0.8", "--cutmix", "1.0", "--output_dir", f"{folder}/fine"],
-        num_ranks=2,
     )
     return folder, out
 
@@ -111,7 +101,8 @@ def test_evaluation_prints_the_documented_line(finished_runs, image_folder):
         "--data_path",
         str(image_folder),
     ]
-    out = run_script("main_finetune.py", *FINETUNE, *resume, "--output_dir", f"{folder}/nothing")
+    command = ["main_finetune.py", *FINETUNE, *resume, "--output_dir", f"{folder}/nothing"]
+    out = run_python(*command).stdout
     line = re.search(r"\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}\n", out)
     log = (folder / "fine/log.txt").read_text().splitlines()[-1]
     last = json.loads(log)
@@ -121,7 +112,7 @@ def test_evaluation_prints_the_documented_line(finished_runs, image_folder):
 
 @pytest.mark.parametrize("script", ["main_pretrain.py", "main_finetune.py"])
 def test_help_lists_flags(script):
-    out = run_script(script, "--help")
+    out = run_python(script, "--help").stdout
     assert "--data_path" in out and "--epochs" in out
 
 
@@ -238,7 +229,7 @@ def test_compiled_training_matches_uncompiled_losses(what, image_folder, tmp_pat
     for name, flags in (("plain", []), ("compiled", ["--compile", what])):
         run_flags = [*PRETRAIN, *CROSS, "--kept_mask_ratio", "0.25", "--accum_iter", "2", *flags]
         data = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / name)]
-        out = run_script("main_pretrain.py", *run_flags, *data, num_ranks=2)
+        out = torchrun("main_pretrain.py", *run_flags, *data)
         assert ("First step:" in out) == (name == "compiled")
         assert "run uncompiled" not in out  # no rank fell back
         log = (tmp_path / name / "log.txt").read_text().splitlines()
@@ -249,5 +240,5 @@ def test_compiled_training_matches_uncompiled_losses(what, image_folder, tmp_pat
     )
     flags = [*PRETRAIN, *CROSS, "--epochs", "3", "--resume", "auto"]
     data = ["--data_path", str(image_folder), "--output_dir", str(tmp_path / "compiled")]
-    out = run_script("main_pretrain.py", *flags, *data)
+    out = run_python("main_pretrain.py", *flags, *data).stdout
     assert "Epoch: [2]" in out and "Epoch: [1]" not in out

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -13,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def printed() -> str:
     """What scripts/experiments/tables.py prints, in a process of its own."""
-    command = [sys.executable, "scripts/experiments/tables.py"]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    done = run_python("scripts/experiments/tables.py")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -74,9 +76,7 @@ def test_costs_are_those_of_the_models():
     small = [row for row in stored if row["size"] == "S/16"]
     assert len(small) == 7
     code = "import cost, json; print(json.dumps([cost.measure(m, 'S/16') for m in cost.MODELS]))"
-    command = [sys.executable, "-c", code]
-    folder = ROOT / "scripts/experiments"
-    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    done = run_python("-c", code, cwd=ROOT / "scripts/experiments")
     keys = ("gflop", "mparams", "known_gflop", "known_mparams")
     found = [tuple(row[key] for key in keys) for row in json.loads(done.stdout)]
     assert sorted(found) == sorted(tuple(row[key] for key in keys) for row in small)

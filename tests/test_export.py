@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from argparse import Namespace
 from functools import partial
 from importlib.util import find_spec
@@ -15,6 +13,7 @@ import timm
 import torch
 from conftest import CLASSES, MEAN, STD
 from PIL import Image
+from processes import run_python
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
@@ -248,9 +247,9 @@ def test_command_line(tmp_path):
     model = models_vit.vit_mini_patch4(img_size=32, patch_size=16, num_classes=3, global_pool=True)
     args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
-    command = [sys.executable, "-m", "tools.export", "--checkpoint", str(tmp_path / "c.pth")]
+    command = ["-m", "tools.export", "--checkpoint", str(tmp_path / "c.pth")]
     command += ["--to", "timm", "--out", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_python(*command)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert "Outputs of timm equal the model's" in result.stdout
     assert 'timm.create_model("vit_base_patch16_224", img_size=(32, 32)' in result.stdout

@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 from conftest import DECODER, ENCODER
 from PIL import Image
+from processes import run_python
 
 import models_cross
 import models_vit
@@ -199,10 +198,10 @@ def test_command_line(image_folder, tmp_path):
     model = models_vit.vit_mini_patch4(img_size=32, patch_size=16, num_classes=2)
     args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
-    command = [sys.executable, "-m", "tools.extract", "--checkpoint", str(tmp_path / "c.pth")]
+    command = ["-m", "tools.extract", "--checkpoint", str(tmp_path / "c.pth")]
     command += ["--data", str(image_folder / "val"), "--out", str(tmp_path / "f.npz")]
     command += ["--num_workers", "1", "--device", "cpu"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_python(*command)
     assert result.returncode == 0, result.stderr
     assert result.stderr == "" and "8 images of 2 classes" in result.stdout
     assert np.load(tmp_path / "f.npz")["features"].shape == (8, 128)

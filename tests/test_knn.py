@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import find_differences, read_steps, uninterrupted_run
+from processes import find_differences, read_steps, run_python, uninterrupted_run
 from sklearn.neighbors import KNeighborsClassifier
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -148,10 +146,10 @@ def test_command_line(tmp_path):
     model = vit_mini_patch4(img_size=32, patch_size=16, num_classes=3)
     args = dict(model="vit_mini_patch4", input_size=32, patch_size=16)
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "c.pth")
-    command = [sys.executable, "-m", "tools.knn", "--checkpoint", str(tmp_path / "c.pth")]
+    command = ["-m", "tools.knn", "--checkpoint", str(tmp_path / "c.pth")]
     command += ["--data_path", str(tmp_path / "data"), "--k", "1", "3", "50", "--json"]
     command += ["--num_workers", "0", "--device", "cpu", "--which", "cls"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_python(*command)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     lines = result.stdout.splitlines()
     assert [line for line in lines if line.startswith("kNN")] == [

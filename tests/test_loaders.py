@@ -3,8 +3,6 @@
 import logging
 import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from processes import run_python
 from torch.utils.data import Dataset
 
 import util.data.loaders
@@ -278,8 +277,7 @@ def test_a_script_ends_while_its_workers_wait(tmp_path):
     script += "loader = t.build_train_loader(t.build_pretrain_dataset(args), args)\n"
     script += "print(len(list(loader)))"
     tests = Path(__file__).parent
-    command = [sys.executable, "-c", script, str(tests.parent), str(tests), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run_python("-c", script, tests.parent, tests, tmp_path)
     assert done.returncode == 0 and done.stdout == "1\n", done.stderr
 
 

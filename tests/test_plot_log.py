@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_python
 from test_visualize import assert_axes_do_not_overlap
 
 from tools import plot_log
@@ -199,8 +198,7 @@ def test_command(tmp_path):
         tmp_path / "$b$", [{"train_loss": 1.0, "test_acc1": 10.0 * i, "epoch": i} for i in range(3)]
     )
     out = tmp_path / "deep" / "curves.png"
-    command = [sys.executable, "-m", "tools.plot_log", first, second, "--out", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_python("-m", "tools.plot_log", first, second, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(out) in done.stdout and len(done.stdout.splitlines()) == 1
     with Image.open(out) as image:

@@ -1,12 +1,11 @@
 """A training script written for MAE's modules runs, with the changes docs/differences.md lists."""
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from processes import run_python
 
 import main_finetune
 import main_pretrain
@@ -46,9 +45,7 @@ print(sorted(stats), misc.all_reduce_mean(2.5), misc.get_world_size())
 
 
 def test_a_script_written_for_mae(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_python("-c", SCRIPT, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "['grad_norm', 'loss', 'lr'] 2.5 1" in done.stdout
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from processes import (
     EPOCHS,
     STEPS,
     read_steps,
+    start_python,
     start_torchrun,
     uninterrupted_run,
     wait_until,
@@ -128,11 +127,8 @@ def test_first_signal_ends_a_tool(tmp_path):
         "        time.sleep(60)\n"
         f"launch(main, {str(tmp_path / 'out.npz')!r})\n"
     )
-    tool = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    tool = start_python("-c", code)
     wait_until((tmp_path / "ready").exists)
-    tool.send_signal(signal.SIGINT)
-    out, _ = tool.communicate(timeout=30)
-    assert tool.returncode == 130 and out.splitlines()[-1].endswith("Error: interrupted")
+    tool.kill(signal.SIGINT)
+    assert tool.wait(30) == 130 and tool.text().splitlines()[-1].endswith("Error: interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["ready"]

@@ -102,7 +102,6 @@ def test_local_job_is_preempted_and_continues(image_folder, tmp_path, monkeypatc
     the job is queued again, and goes on exactly where it stopped.
     """
     pytest.importorskip("submitit")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = [*FLAGS, "--data_path", image_folder, "--epochs", 10000]
     local = ["--cluster", "local", "--ngpus", 2, "--timeout", 5]
     job = submit.main(parse(*local, "--job_dir", tmp_path, "main_pretrain.py", *flags))

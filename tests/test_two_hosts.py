@@ -51,7 +51,7 @@ def start(names, command, folder, attempt: int) -> list[subprocess.Popen]:
     """Start torchrun on both hosts, one rank each."""
     script, *flags = command
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
+    env["GLOO_SOCKET_IFNAME"] = INTERFACE
     hosts = []
     for index, name in enumerate(names):
         line = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]

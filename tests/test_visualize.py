@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_python
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from tools import visualize
@@ -589,9 +590,9 @@ def test_command(tmp_path, image_folder):
     """In a process of its own, as a user runs it, on a folder and a file."""
     checkpoint = write_checkpoint(tmp_path / "c.pth", input_size=[16, 32])
     out = tmp_path / "deep" / "grid.png"
-    command = [sys.executable, "-m", "tools.visualize", "--checkpoint", checkpoint, "--out", out]
+    command = ["-m", "tools.visualize", "--checkpoint", checkpoint, "--out", out]
     command += ["--images", image_folder / "val", image_folder / "train/a/0.jpg", "--device", "cpu"]
-    done = subprocess.run([*command, "--num_images", "3"], cwd=ROOT, capture_output=True, text=True)
+    done = run_python(*command, "--num_images", 3)
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(out) in done.stdout
     with Image.open(out) as image:
