@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import os
 import resource
@@ -464,6 +465,7 @@ if __name__ == "__main__":
     import main_pretrain  # noqa: F401
     from util.run.launch import launch
 
+    gc.freeze()  # the processes share what is imported, and end sooner
     request = serve()
     set_up_process(request)
     if request.get("python"):
