@@ -23,13 +23,15 @@ from util.layers.vit import MAE_BASE, MAE_HUGE, MAE_LARGE, MAE_MINI, MAE_SMALL, 
 class WeightedFeatureMaps(nn.Module):
     """For each decoder block, a learned weighted sum of the encoder's feature maps."""
 
+    recompute = "none"
+
     def __init__(self, num_maps: int, decoder_depth: int):
         super().__init__()
         self.linear = nn.Linear(num_maps, decoder_depth, bias=False)  # weight (J, K)
 
     def forward(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
         """K maps (B, N, D) of one shape -> J weighted sums (B, N, D)."""
-        return mix(self.linear.weight, list(maps))
+        return mix(self.linear.weight, list(maps), self.recompute != "none")
 
 
 class CrossMAE(MaskedAutoencoder):

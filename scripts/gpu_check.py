@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_cross  # noqa: E402
 import models_vit  # noqa: E402
 from tools import benchmark  # noqa: E402
-from tools.benchmark_step import build_losses, build_model, build_steps  # noqa: E402
-from tools.reference import reference_loss  # noqa: E402
+from tools.bench.reference import reference_loss  # noqa: E402
+from tools.bench.step import build_losses, build_model, build_steps  # noqa: E402
 from util.data.loaders import DeviceLoader  # noqa: E402
 from util.distributed import sync_gradients  # noqa: E402
 from util.layers.vit import compile_model  # noqa: E402

@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_python
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tools import benchmark
-from tools.measure import Timer, compare, count_flops, matmul_flops_per_s, peak_memory
-from tools.traffic import Traffic
+from tools.bench.compiled import compile_counted
+from tools.bench.measure import Timer, compare, count_flops, matmul_flops_per_s, peak_memory
+from tools.bench.step_traffic import count_step
+from tools.bench.traffic import Traffic
+from util.layers.attention import AttentionBackend
+from util.layers.blocks import Block
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -87,10 +92,10 @@ def test_roofline_takes_the_longer_of_flops_and_bytes():
     assert traffic.seconds(1e9, 1.0) == pytest.approx(2 * addition)
 
 
-@pytest.mark.parametrize("flags", [[], ["--mae"], ["--amp", "off", "--recompute", "all"]])
+@pytest.mark.parametrize("flags", ["", "--mae", "--amp off --recompute all", "--amp fp16"])
 def test_traffic_of_a_step(flags, capsys):
     """No more bytes outside products, and no more kept, than by the reference implementation."""
-    flags = ["--what", "traffic", *TINY.split(), "--json", "--batch_size", "256", *flags]
+    flags = ["--what", "traffic", *TINY.split(), "--json", "--batch_size", "256", *flags.split()]
     benchmark.main(benchmark.get_args_parser().parse_args(flags))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0.3 < result["ratio_outside_matmul"] < 1 and 0.3 < result["ratio_kept"] < 1
@@ -98,14 +103,38 @@ def test_traffic_of_a_step(flags, capsys):
     assert result["estimate: ratio, H100 SXM"] > 1
 
 
-def test_recomputing_keeps_less(capsys):
-    """The flags reach the model: each policy keeps less than the one before it."""
-    kept = []
-    for policy in (["--recompute", "none"], ["--recompute", "gelu"], ["--recompute", "all"]):
-        flags = ["--what", "traffic", *TINY.split(), "--json", *policy]
-        benchmark.main(benchmark.get_args_parser().parse_args(flags))
-        kept.append(json.loads(capsys.readouterr().out.splitlines()[-1])["gb_kept"])
-    assert kept[0] > kept[1] > kept[2]
+def test_traffic_of_compiled_code():
+    """x.relu() + 1 is one kernel there, which reads x and writes its result once."""
+    layer = Block(4, 1, 1.0, AttentionBackend())
+    layer.forward = lambda x: (x.relu() + 1) @ x.t()
+    with FakeTensorMode(), Traffic() as traffic:
+        compile_counted(layer, "blocks", traffic)
+        x = torch.zeros(6, 4)
+        traffic.reset([])
+        out = layer(x)
+        assert out.shape == (6, 6)
+        assert traffic.bytes == {"fused": 4 * (24 + 24), "mm": 4 * (24 + 24 + 36)}
+        assert traffic.work[-1] == (2 * 6 * 4 * 6, 4 * (24 + 24 + 36))
+        out + out
+        assert traffic.kernels == 3  # what is not compiled counts as well
+
+
+def count(*flags):
+    flags = ["--what", "traffic", *TINY.split(), "--batch_size", "256", *flags]
+    return count_step(benchmark.get_args_parser().parse_args(flags), torch.bfloat16, 0)
+
+
+def test_compiled_steps_move_less():
+    plain, compiled = count(), count("--compile", "blocks")
+    assert compiled.other_bytes < 0.9 * plain.other_bytes
+    assert compiled.matmul_bytes == pytest.approx(plain.matmul_bytes, rel=0.1)
+    assert compiled.kept_bytes == pytest.approx(plain.kept_bytes, rel=0.2)
+
+
+def test_recomputing_keeps_less():
+    """The flag reaches the model: each policy keeps less than the one before it."""
+    none, gelu, everything = (count("--recompute", p).kept_bytes for p in ("none", "gelu", "all"))
+    assert none > gelu > everything
 
 
 def test_threads_are_those_asked_for(capsys):

@@ -15,7 +15,8 @@ from PIL import Image
 from processes import run_python
 from torchvision.datasets import FashionMNIST
 
-from tools import demo_data, image_set
+from tools import demo_data
+from tools.formats import image_set
 from util.io.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

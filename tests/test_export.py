@@ -20,7 +20,7 @@ from timm.data import create_transform, resolve_data_config
 
 import models_vit
 from tools import export
-from tools.timm_model import timm_name_and_args
+from tools.formats.timm_model import timm_name_and_args
 from util.build import load_trained
 from util.data.transforms import build_transform
 

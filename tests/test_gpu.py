@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.reference import reference_loss
+from tools.bench.reference import reference_loss
 from util.layers.attention import FlashPackageBackend, get_attention_backend
 from util.layers.vit import compile_model
 from util.optim import NativeScalerWithGradNormCount, build_adamw

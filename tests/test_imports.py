@@ -29,8 +29,10 @@ ROOMS = {
     "hubconf": "util.hub",
     "util.vis": "util.io util util.layers util.data",
     "util.eval": "util.io util util.run util.data util.datasets util.build util.vis",
+    "tools.formats": "util.io util util.layers util.run util.data util.build models",
+    "tools.bench": "util.io util util.layers util.run util.build models",
     "tools": "util.io util util.layers util.run util.data util.datasets util.build util.vis "
-    "util.eval models",
+    "util.eval models tools.formats tools.bench",
     "main": "util.io util util.layers util.run util.data util.datasets util.build util.vis "
     "util.eval engine",
 }

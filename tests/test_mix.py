@@ -42,6 +42,16 @@ def test_float32_is_one_product_of_the_stack(data):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("num_maps", [1, K])
+def test_stacking_again_changes_nothing(data, amp, num_maps):
+    weight, maps = data[0][:, :num_maps], data[1][:num_maps]
+    kept = run(mix, weight, maps, amp)
+    again = run(lambda w, m: mix(w, m, recompute_stack=True), weight, maps, amp)
+    for got, expected in zip(again, kept, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_bf16_is_within_its_rounding(data):
     exact = run(written_out, *data, False)
     for got, expected in zip(run(mix, *data, True), exact, strict=True):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tools.reference import reference_loss
+from tools.bench.reference import reference_loss
 from util.layers.vit import compile_model
 
 VARIANTS = [

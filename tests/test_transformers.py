@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_export import KINDS, call, noise
 
 import models_vit
-from tools.export_checks import label_names
+from tools.formats.checks import label_names
 from util.build import load_trained
 from util.data.transforms import build_transform
 from util.io.transformers_names import from_transformers, to_transformers
@@ -222,7 +222,7 @@ def test_missing_package_is_named(save, tmp_path, monkeypatch):
 
 def test_different_outputs_are_not_written(save, tmp_path, monkeypatch):
     """A mapping that is wrong shows before anything is written."""
-    from tools import transformers_model
+    from tools.formats import transformers_model
 
     def swapped(weights, prefix):
         weights = to_transformers(weights, prefix)

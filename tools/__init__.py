@@ -1,1 +1,1 @@
-"""Commands, `python -m tools.NAME`, and what they share; imported by tests and scripts only."""
+"""Commands, `python -m tools.NAME`; imported by tests and scripts only."""

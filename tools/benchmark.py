@@ -7,15 +7,16 @@ faster), and the noise floor: the median of |ratio - 1| for the reference agains
 within the noise floor shows no difference.
 
 --what step       forward, backward and optimizer step of pre-training, against the reference
-                  implementation in tools.reference with PyTorch's default AdamW
+                  implementation in tools.bench.reference with PyTorch's default AdamW
 --what optimizer  the optimizer step alone, against PyTorch's default AdamW
 --what loader     images per second of one process: --loader fast against --loader recipe, with the
                   same crops of JPEG files; then every installed JPEG decoder alone
 --what eval       forward of the fine-tuned classifier, against timm's VisionTransformer
 --what traffic    kernels, bytes moved and bytes kept for backward by forward and backward of
-                  pre-training, counted without data for a GPU (bf16 unless --amp off), against the
-                  reference implementation; with the speed that these allow at the rates that the
-                  vendors state: an estimate, not a measurement
+                  pre-training, counted without data for a GPU (bf16 unless --amp says otherwise;
+                  with --compile as Inductor plans it), against the reference implementation; the
+                  speed that these allow at the rates that the vendors state, an estimate; and the
+                  host's time for the same step with almost no data, measured
 --what save       writing a checkpoint with optimizer state, against torch.save in place
 """
 
@@ -37,10 +38,10 @@ from torchvision.transforms.functional import pil_to_tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 import models_vit
-from tools.benchmark_step import measure_optimizer, measure_save, measure_step
-from tools.measure import Timer, compare, count_flops, peak_memory
-from tools.timm_model import to_timm
-from tools.traffic import measure_traffic
+from tools.bench.measure import Timer, compare, count_flops, peak_memory
+from tools.bench.step import measure_optimizer, measure_save, measure_step
+from tools.bench.step_traffic import measure_traffic
+from tools.formats.timm_model import to_timm
 from util.build import find_factory
 from util.data.image_io import open_image, read_image
 from util.data.jpeg import DECODERS
@@ -189,8 +190,8 @@ def get_args_parser() -> FlagParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.compile and args.what != "step":
-        raise UserError(f"--compile is measured by --what step, not by --what {args.what}.")
+    if args.compile and args.what not in ("step", "traffic"):
+        raise UserError(f"--compile is for --what step and traffic, not for {args.what}.")
     check_ranges(args, dict.fromkeys(("repeats", "steps", "batch_size"), "[1, inf)"))
     device = choose_device(args.device, 0)
     if args.threads:

@@ -41,7 +41,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
-from tools.image_set import (
+from tools.formats.image_set import (
     ImageSet,
     download_fashion_mnist,
     load_elpv,

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
-from tools.export_checks import (
+from tools.formats.checks import (
     TOLERANCE,
     check_close,
     check_empty,
@@ -43,8 +43,8 @@ from tools.export_checks import (
     example_images,
     label_names,
 )
-from tools.timm_model import to_timm
-from tools.transformers_model import write_transformers
+from tools.formats.timm_model import to_timm
+from tools.formats.transformers_model import write_transformers
 from util.build import CLASSIFIER_DEFAULTS, PRETRAIN_DEFAULTS, SHARED_DEFAULTS, load_trained
 from util.io.errors import UserError
 from util.io.files import atomic_write

@@ -30,7 +30,7 @@ RESULTS = ROOT / "docs/results"
 sys.path.insert(0, str(ROOT))  # for the project's modules
 
 import main_pretrain  # noqa: E402
-from tools.measure import count_flops  # noqa: E402
+from tools.bench.measure import count_flops  # noqa: E402
 from util.build import build_pretrain_model  # noqa: E402
 from util.data.image_io import read_image  # noqa: E402
 from util.eval.knn import list_splits, measure_knn  # noqa: E402

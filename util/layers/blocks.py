@@ -79,7 +79,7 @@ class DropPath(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with the exact (erf) GELU between them."""
 
-    recompute_gelu = False
+    recompute = "none"  # a policy of ViTBackbone.set_recompute
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -89,7 +89,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D); of norm(x), recomputed in backward, if norm is given."""
         hidden = norm_linear(norm, x, self.fc1) if norm else self.fc1(x)
-        if self.recompute_gelu:
+        if self.recompute in ("gelu", "all"):
             return gelu_linear(hidden, self.fc2)
         return self.fc2(nn.functional.gelu(hidden))
 
@@ -140,7 +140,7 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm encoder block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
 
-    recompute_norm = False
+    recompute = "none"
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        if self.recompute_norm:
+        if self.recompute == "all":
             x = x + self.drop_path(self.attn(x, self.norm1))
             return x + self.drop_path(self.mlp(x, self.norm2))
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -170,7 +170,7 @@ class Block(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """CrossMAE decoder block: optional self-attention, cross-attention to a context, MLP."""
 
-    recompute_norm = False
+    recompute = "none"
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class CrossAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, context_norm: nn.Module | None = None) -> Tensor:
         """Queries x (B, N, D), context (B, M, C), normalized by context_norm -> (B, N, D)."""
-        if self.recompute_norm:
+        if self.recompute == "all":
             if self.has_self_attn:
                 x = x + self.self_attn(x, self.norm0)
             x = x + self.cross_attn(x, context, self.norm1, context_norm)

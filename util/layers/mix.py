@@ -10,16 +10,18 @@ from torch.autograd.function import once_differentiable
 from util.casts import product_dtype
 
 
-def mix(weight: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
+def mix(weight: Tensor, maps: list[Tensor], recompute_stack: bool = False) -> tuple[Tensor, ...]:
     """J weighted sums of K maps (B, N, D), weight (J, K); under autocast in its dtype.
 
-    One matrix product over the stacked maps; the stack is built again in backward, since a second
-    copy of all feature maps would have to be kept for it.
+    One matrix product over the stacked maps.
+
+    Args:
+        recompute_stack: stack the maps again in backward instead of keeping this copy of them.
     """
     dtype = product_dtype(weight)
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return mix_stacked(weight.to(dtype), stack_as(maps, dtype))
-    return Mix.apply(weight, dtype, *maps)
+    return Mix.apply(weight, dtype, recompute_stack, *maps)
 
 
 def mix_stacked(weight: Tensor, stacked: Tensor) -> tuple[Tensor, ...]:
@@ -41,22 +43,25 @@ class Mix(torch.autograd.Function):
     """See mix()."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, dtype: torch.dtype, *maps: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtype = dtype
-        ctx.save_for_backward(weight, *maps)
-        return mix_stacked(weight.to(dtype), stack_as(maps, dtype))
+    def forward(ctx, weight: Tensor, dtype: torch.dtype, recompute_stack: bool, *maps: Tensor):
+        stacked = stack_as(maps, dtype)  # (K, B, N, D)
+        ctx.map_dtypes, ctx.recompute_stack = [m.dtype for m in maps], recompute_stack
+        ctx.save_for_backward(weight, *(maps if recompute_stack else [stacked]))
+        return mix_stacked(weight.to(dtype), stacked)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
-        weight, *maps = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
         grad = torch.stack(grads)  # (J, B, N, D)
-        grad_weight = multiply_maps(grad, stack_as(maps, ctx.dtype))
-        grad_maps = (weight.to(ctx.dtype).T @ grad.flatten(1)).unflatten(1, maps[0].shape)
+        stacked = stack_as(saved, grad.dtype) if ctx.recompute_stack else saved[0]
+        grad_weight = multiply_maps(grad, stacked)
+        grad_maps = (weight.to(grad.dtype).T @ grad.flatten(1)).unflatten(1, grad.shape[1:])
         return (
             grad_weight.to(weight.dtype),
             None,
-            *(g.to(m.dtype) for g, m in zip(grad_maps, maps, strict=True)),
+            None,
+            *(g.to(dtype) for g, dtype in zip(grad_maps, ctx.map_dtypes, strict=True)),
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.layers.attention import AttentionBackend
-from util.layers.blocks import Block, CrossAttentionBlock, LayerNorm, Mlp, PatchEmbed
+from util.layers.blocks import Block, CrossAttentionBlock, LayerNorm, PatchEmbed
 from util.layers.masking import Masking, num_visible_and_predicted, random_masking
 from util.layers.patchify import gather_patches, normalize_patches, patchify, unpatchify
 from util.pos_embed import get_2d_sincos_pos_embed
@@ -127,14 +127,13 @@ class ViTBackbone(nn.Module):
         """Choose what backward computes again instead of keeping it.
 
         Args:
-            policy: "none", "gelu", "all" (LayerNorm and GELU), or "blocks" (whole blocks).
+            policy: "none", "gelu" (and the stack of feature maps), "all" (LayerNorm too), or
+                "blocks" (whole blocks).
         """
         self.grad_checkpointing = policy == "blocks"
         for module in self.modules():
-            if isinstance(module, Mlp):
-                module.recompute_gelu = policy in ("gelu", "all")
-            elif isinstance(module, Block | CrossAttentionBlock):
-                module.recompute_norm = policy == "all"
+            if hasattr(module, "recompute"):
+                module.recompute = policy
 
     def forward_features(self, imgs: Tensor) -> Features:
         """Features of whole images, nothing masked: imgs (B, C, H, W).

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import models_cross
 import models_mae
-from tools.measure import Timer, compare, count_flops, matmul_flops_per_s, peak_memory
-from tools.reference import reference_loss
+from tools.bench.measure import Timer, compare, count_flops, matmul_flops_per_s, peak_memory
+from tools.bench.reference import reference_loss
 from util.build import find_factory
 from util.casts import CastWeights
 from util.io.checkpoint_file import write_checkpoint
@@ -50,8 +50,8 @@ def measure_step(args, device: torch.device, timer: Timer) -> dict:
     return result
 
 
-def build_model(args, device: torch.device) -> nn.Module:
-    """The pre-training model that the flags describe."""
+def build_model(args, device: torch.device, **changes) -> nn.Module:
+    """The pre-training model that the flags describe, with changes of its arguments."""
     module = models_mae if args.mae else models_cross
     options = {} if args.mae else dict(weight_fm=True, use_input=True)
     amp_dtype = choose_amp_dtype(args.amp, device)
@@ -60,7 +60,7 @@ def build_model(args, device: torch.device) -> nn.Module:
         decoder_depth=args.decoder_depth,
         norm_pix_loss=True,
         attention_backend=get_attention_backend(args.enable_flash_attention2, device, amp_dtype),
-        **options,
+        **options | changes,
     )
     model.set_recompute("blocks" if args.grad_checkpointing else args.recompute)
     return model.to(device).train()

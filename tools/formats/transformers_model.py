@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tools.export_checks import (
+from tools.formats.checks import (
     TOLERANCE,
     check_close,
     check_empty,

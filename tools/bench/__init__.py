@@ -1,0 +1,1 @@
+"""What tools.benchmark measures and with what it compares; imported by it, tests and scripts."""
