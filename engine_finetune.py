@@ -78,11 +78,15 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def evaluate(data_loader, model, device, amp_dtype="auto") -> dict[str, float]:
+def evaluate(
+    data_loader, model, device, amp_dtype="auto", confusion: Tensor | None = None
+) -> dict[str, float]:
     """Accuracy and loss over (imgs, labels) batches; each rank may hold a part of the images.
 
     Args:
         amp_dtype: autocast dtype, None for float32.
+        confusion: counts (classes, classes), rows true, columns predicted; this rank's images are
+            added.
 
     Returns:
         acc1 and acc5 in percent and loss (cross entropy): means over images; mean_class in percent:
@@ -106,6 +110,9 @@ def evaluate(data_loader, model, device, amp_dtype="auto") -> dict[str, float]:
         labels = labels.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
             logits = model(imgs)
+        if confusion is not None:
+            cells = labels * len(confusion) + logits.argmax(dim=1)
+            confusion += cells.bincount(minlength=confusion.numel()).view_as(confusion)
         batch, batch_per_class = score(logits.float(), labels)
         totals += batch
         per_class = batch_per_class + per_class if per_class.numel() else batch_per_class

@@ -6,6 +6,7 @@ torchrun --nproc_per_node=4 main_finetune.py --finetune output/pretrain/checkpoi
 import argparse
 import logging
 
+import torch
 from timm.utils import ModelEmaV3
 
 from engine_finetune import evaluate, train_one_epoch
@@ -240,9 +241,12 @@ def evaluate_checkpoint(args) -> None:
     model.to(args.device)
     val_set = build_dataset(False, args)
     loader = build_eval_loader(val_set, args, args.dist_eval)
-    log_accuracy(len(val_set), evaluate(loader, model, args.device, amp_dtype))
+    num_classes = len(val_set.classes)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=args.device)
+    stats = evaluate(loader, model, args.device, amp_dtype, confusion if args.report else None)
+    log_accuracy(len(val_set), stats)
     if args.report:
-        report_evaluation(args, model, loader, amp_dtype)
+        report_evaluation(args, confusion, val_set.classes)
 
 
 def log_accuracy(num_images: int, stats: dict[str, float]) -> None:

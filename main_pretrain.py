@@ -16,12 +16,13 @@ from util.data.transforms import PRETRAIN_CROP_SCALE
 from util.datasets import build_pretrain_dataset
 from util.distributed import wrap_ddp
 from util.eval.knn import OnlineKnn
+from util.io.errors import UserError
 from util.io.pretrained import read_pretrained
 from util.layers.attention import get_attention_backend
 from util.layers.vit import compile_model
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, build_adamw, choose_amp_dtype
-from util.run.checks import adopt_input, check_ranges, check_shared, refuse, set_mean_std
+from util.run.checks import adopt_input, check_ranges, check_shared, set_mean_std
 from util.run.flags import FlagParser, add_flag, parse_flags, shared_parser
 from util.run.launch import launch
 from util.run.output_dir import (
@@ -120,33 +121,18 @@ def check_args(args) -> None:
     """
     check_shared(args)
     check_ranges(args, RANGES)
-    chosen_maps = args.use_input or args.use_fm != [-1]
-    only_cross = [f for f in ("weight_fm", "use_input", "self_attn") if getattr(args, f)]
-    only_cross += ["use_fm"] if args.use_fm != [-1] else []
-    refuse(
-        [
-            (
-                bool(args.init_from) and args.resume not in ("", "auto"),
-                "--init_from starts a run and --resume continues one: give one of them.",
-            ),
-            (
-                bool(args.log_images) and not (args.output_dir or args.log_dir),
-                "--log_images logs to TensorBoard: give --output_dir or --log_dir.",
-            ),
-            (
-                bool(args.knn_every) != bool(args.knn_data),
-                "--knn_every N and --knn_data DIR belong together: give both or none.",
-            ),
-            (
-                not args.cross_mae and bool(only_cross),
-                f"--{(only_cross or [''])[0]} is for CrossMAE: add --cross_mae or leave it out.",
-            ),
-            (
-                args.cross_mae and not args.weight_fm and chosen_maps,
-                "--use_input and --use_fm choose what --weight_fm sums: add --weight_fm.",
-            ),
-        ]
-    )
+    if args.init_from and args.resume not in ("", "auto"):
+        raise UserError("--init_from starts a run and --resume continues one: give one of them.")
+    if args.log_images and not (args.output_dir or args.log_dir):
+        raise UserError("--log_images logs to TensorBoard: give --output_dir or --log_dir.")
+    if bool(args.knn_every) != bool(args.knn_data):
+        raise UserError("--knn_every N and --knn_data DIR belong together: give both or none.")
+    of_crossmae = dict(weight_fm=False, use_input=False, self_attn=False, use_fm=[-1])
+    given = [name for name, default in of_crossmae.items() if getattr(args, name) != default]
+    if given and not args.cross_mae:
+        raise UserError(f"--{given[0]} is for CrossMAE: add --cross_mae or leave it out.")
+    if not args.weight_fm and {"use_input", "use_fm"} & set(given):
+        raise UserError("--use_input and --use_fm choose what --weight_fm sums: add --weight_fm.")
     if not args.cross_mae and not args.no_lr_scale and args.kept_mask_ratio != args.mask_ratio:
         logger.warning(
             "MAE predicts every masked patch, but --kept_mask_ratio %g scales its lr, as in the "

@@ -23,11 +23,7 @@ class VisionTransformer(ViTBackbone):
         self,
         global_pool: bool = False,
         num_classes: int = 1000,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
         qkv_bias: bool = True,
-        norm_layer=LayerNorm,
         **backbone,
     ):
         """
@@ -35,25 +31,20 @@ class VisionTransformer(ViTBackbone):
             global_pool: classify the mean of the patch tokens (then `fc_norm`) instead of the class
                 token (after `norm`).
             qkv_bias: must be True, as in every published model.
-            backbone: arguments of ViTBackbone.
+            backbone: arguments of ViTBackbone; ViT-B's are the defaults.
         """
         if not qkv_bias:
             raise UserError("qkv_bias=False is not supported: the published models have it.")
-        super().__init__(
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            norm_layer=norm_layer,
-            **backbone,
-        )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
+        super().__init__(**dict(BASE, norm_layer=LayerNorm) | backbone)
+        D = self.embed_dim
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, D))
         self.global_pool = global_pool
         if global_pool:
-            self.fc_norm = norm_layer(embed_dim)
+            self.fc_norm = self.norm_layer(D)
         else:
-            self.norm = norm_layer(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes)
+            self.norm = self.norm_layer(D)
+        self.head = nn.Linear(D, num_classes)
         self.apply(init_linear)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)

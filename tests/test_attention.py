@@ -72,7 +72,6 @@ def test_name_states_why_flash_attn_is_not_used_on_gpu(monkeypatch):
 def test_flash_attn_is_used_only_in_half_precision(monkeypatch):
     package = types.ModuleType("flash_attn")
     package.__version__ = "2.0"
-    package.flash_attn_func = reference_attention
     package.flash_attn_qkvpacked_func = lambda qkv: reference_attention(*qkv.unbind(2)) + 1
     package.flash_attn_kvpacked_func = lambda q, kv: reference_attention(q, *kv.unbind(2)) + 1
     monkeypatch.setitem(sys.modules, "flash_attn", package)

@@ -140,7 +140,7 @@ def test_recomputing_keeps_less():
 def test_threads_are_those_asked_for(capsys):
     before = torch.get_num_threads()
     try:
-        flags = ["--what", "traffic", *TINY.split(), "--threads", str(before + 1)]
+        flags = ["--what", "optimizer", *TINY.split(), "--threads", str(before + 1)]
         benchmark.main(benchmark.get_args_parser().parse_args(flags))
         assert torch.get_num_threads() == before + 1
     finally:

@@ -70,7 +70,7 @@ def test_best_by_mean_per_class_accuracy(image_folder, tmp_path, capsys):
 
 def test_class_weights_do_not_mix():
     flags = ["--class_weights", "balanced", "--mixup", "0.8", "--data_path", "x"]
-    with pytest.raises(UserError, match="--class_weights weights one label per image"):
+    with pytest.raises(UserError, match="--class_weights weights one label"):
         main_finetune.check_args(main_finetune.parse_args(flags))
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from test_evaluation import make_args, prepared
 
+from engine_finetune import evaluate
 from util.data.sources import list_images
 from util.eval import report
 from util.vis.confusion import draw_confusion
@@ -49,7 +50,8 @@ def test_predictions_of_few_classes_have_fewer_columns(image_folder, tiny_vit, t
     assert all(abs(float(row[2]) + float(row[4]) - 1) < 2e-6 for row in rows)
 
 
-def test_confusion_counts(monkeypatch):
+@pytest.mark.parametrize("is_split", [False, True])
+def test_confusion_counts(is_split, monkeypatch, tmp_path):
     """Against a loop over images; summed over ranks only if each holds a shard."""
     random = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(40, 6, generator=random), torch.randint(6, (40,), generator=random)
@@ -57,12 +59,15 @@ def test_confusion_counts(monkeypatch):
     expected = torch.zeros(6, 6, dtype=torch.int64)
     for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
         expected[label, row.index(max(row))] += 1
-    model = torch.nn.Identity()
-    assert report.count_confusion(batches, model, 6, torch.device("cpu")).equal(expected)
+    counts = torch.zeros(6, 6, dtype=torch.int64)
+    evaluate(batches, torch.nn.Identity(), torch.device("cpu"), None, counts)
+    assert counts.equal(expected)
     monkeypatch.setattr(report, "all_reduce_sum", lambda counts: counts.mul_(2))
-    assert report.count_confusion(batches, model, 6, torch.device("cpu")).equal(expected)
-    both = report.count_confusion(batches, model, 6, torch.device("cpu"), split=True)
-    assert both.equal(2 * expected)
+    args = Namespace(dist_eval=is_split, rank=0, report=tmp_path)
+    report.report_evaluation(args, counts, list("abcdef"))
+    _, *rows = read_csv(tmp_path / "confusion.csv")
+    written = [[int(x) for x in row[1:]] for row in rows]
+    assert written == (expected * (2 if is_split else 1)).tolist()
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the font has no Chinese

@@ -49,7 +49,7 @@ from tools.formats.image_set import (
     name_files,
 )
 from util.io.errors import UserError
-from util.run.checks import check_ranges, refuse
+from util.run.checks import check_ranges
 from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
@@ -200,23 +200,13 @@ def get_args_parser() -> FlagParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not belong together."""
     check_ranges(args, {"draw": "[0, 4294967295]"})
-    has_source, is_fashion = args.source is not None, args.set == "fashion-mnist"
-    refuse(
-        [
-            (
-                is_fashion and has_source == args.download,
-                "--set fashion-mnist needs --from DIR or --download, one of them.",
-            ),
-            (
-                args.download and not is_fashion,
-                "--download is for --set fashion-mnist: add that, or leave it out.",
-            ),
-            (
-                has_source and args.set == "digits",
-                "--from is for --set fashion-mnist or elpv: add one of them, or leave it out.",
-            ),
-        ]
-    )
+    is_fashion = args.set == "fashion-mnist"
+    if is_fashion and (args.source is None) != args.download:
+        raise UserError("--set fashion-mnist needs --from DIR or --download, one of them.")
+    if args.download and not is_fashion:
+        raise UserError("--download is for --set fashion-mnist: add that, or leave it out.")
+    if args.source and args.set == "digits":
+        raise UserError("--from is for --set fashion-mnist or elpv: add one, or leave it out.")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -24,16 +24,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
-from util.build import load_trained
 from util.data.sources import ImageList, list_images, path_below
 from util.eval.inference import (
-    FEATURES,
     add_inference_flags,
     build_inference_loader,
-    default_feature,
     describe_transform,
+    load_for_inference,
     run_features,
-    set_inference_flags,
 )
 from util.io.errors import UserError, escape
 from util.io.files import atomic_write
@@ -51,11 +48,6 @@ def get_args_parser() -> FlagParser:
     flag("--data", str, None, "folder, list, shards or images", required=True, nargs="+")
     text = "features.npz, or features.npy for large sets"
     flag("--out", Path, None, text, required=True)
-    text = (
-        "class token, mean of the patches, or every patch (default: what the model's head reads; "
-        "of a pre-training checkpoint cls)"
-    )
-    flag("--which", str, None, text, choices=FEATURES)
     add_inference_flags(parser)
     return parser
 
@@ -111,11 +103,7 @@ def main(args: argparse.Namespace) -> None:
     if args.out.suffix not in (".npz", ".npy"):
         raise UserError(f"--out {args.out} must end in .npz, or in .npy for large sets.")
     images = list_images_with_labels(args.data)
-    model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
-    set_inference_flags(trained, args)
-    which = args.which or default_feature(model)
-    model.to(trained.device)
-
+    model, trained, which = load_for_inference(args)
     loader = build_inference_loader(images.samples, images.classes, trained)
     names = name_images(images.samples, args.data)
     shape = (len(names), model.embed_dim)

@@ -20,15 +20,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
-from util.build import load_trained
 from util.data.remote import localize
 from util.eval.inference import (
     add_inference_flags,
     build_inference_loader,
-    default_feature,
     describe_transform,
+    load_for_inference,
     run_features,
-    set_inference_flags,
 )
 from util.eval.knn import list_splits, measure_knn
 from util.eval.report import few_classes_note
@@ -48,14 +46,6 @@ def get_args_parser() -> FlagParser:
     text = "numbers of neighbors (default: 1 5 10 20 100)"
     flag("--k", int, [1, 5, 10, 20, 100], text, nargs="+")
     flag("--temperature", float, 0.07, "T of the vote")
-    text = "class token, mean of the patches, or all patches (default: what the head reads; of a "
-    flag(
-        "--which",
-        str,
-        None,
-        text + "pre-training checkpoint cls)",
-        choices=["cls", "mean", "patches"],
-    )
     flag("--json", bool, False, "end with all results as one line of JSON")
     add_inference_flags(parser, batch_size=256)
     return parser
@@ -83,10 +73,7 @@ def main(args: argparse.Namespace) -> None:
     data_path = localize(args.data_path, args.shard_cache, "train", "val")
     classes, train, val = list_splits(data_path)
     ks = choose_ks(args.k, len(train))
-    model, trained = load_trained(args.checkpoint, model=args.model, model_ema=args.model_ema)
-    set_inference_flags(trained, args)
-    which = args.which or default_feature(model)
-    model.to(trained.device)
+    model, trained, which = load_for_inference(args)
     logger.info("%s of %s, %s", which, trained.model, args.checkpoint)
     logger.info("train/ (%d) and val/ (%d): %s", len(train), len(val), describe_transform(trained))
 

@@ -37,8 +37,11 @@ PRETRAIN_DEFAULTS = dict(
 CLASSIFIER_DEFAULTS = dict(drop_path=0.0, global_pool=True)
 
 
-def build_pretrain_model(args, attention_backend=None) -> nn.Module:
+def build_pretrain_model(args, attention_backend=None, **sizes) -> nn.Module:
     """The MAE or CrossMAE that the flags describe.
+
+    Args:
+        sizes: arguments of the model without a flag, such as embed_dim.
 
     Raises:
         UserError: unknown name, or flags that do not fit together.
@@ -48,6 +51,7 @@ def build_pretrain_model(args, attention_backend=None) -> nn.Module:
         decoder_embed_dim=args.decoder_embed_dim,
         decoder_depth=args.decoder_depth,
         norm_pix_loss=args.norm_pix_loss,
+        **sizes,
     )
     if args.cross_mae:
         options |= {name: getattr(args, name) for name in CROSS_DEFAULTS}

@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 """The names of MAE's util/misc.py, for scripts written for it; see docs/differences.md."""
 
 from util.checkpoint import load_model, save_model
@@ -10,16 +11,3 @@ from util.distributed import (
 )
 from util.metrics import MetricLogger, SmoothedValue
 from util.optim import NativeScalerWithGradNormCount
-
-__all__ = [
-    "MetricLogger",
-    "NativeScalerWithGradNormCount",
-    "SmoothedValue",
-    "all_reduce_mean",
-    "get_rank",
-    "get_world_size",
-    "init_distributed_mode",
-    "is_main_process",
-    "load_model",
-    "save_model",
-]

@@ -1,20 +1,18 @@
 """The measures of tools.benchmark that need a pre-training model."""
 
+import argparse
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import models_cross
-import models_mae
 from tools.bench.measure import Timer, compare, count_flops, matmul_flops_per_s, peak_memory
 from tools.bench.reference import reference_loss
-from util.build import find_factory
+from util.build import PRETRAIN_DEFAULTS, SHARED_DEFAULTS, build_pretrain_model
 from util.casts import CastWeights
 from util.io.checkpoint_file import write_checkpoint
 from util.layers.attention import get_attention_backend
-from util.layers.masking import num_visible_and_predicted
 from util.layers.vit import compile_model
 from util.lr_decay import param_groups_weight_decay
 from util.optim import NativeScalerWithGradNormCount, autocast, build_adamw, choose_amp_dtype
@@ -50,32 +48,24 @@ def measure_step(args, device: torch.device, timer: Timer) -> dict:
     return result
 
 
-def build_model(args, device: torch.device, **changes) -> nn.Module:
-    """The pre-training model that the flags describe, with changes of its arguments."""
-    module = models_mae if args.mae else models_cross
-    options = {} if args.mae else dict(weight_fm=True, use_input=True)
-    amp_dtype = choose_amp_dtype(args.amp, device)
-    model = find_factory(module, "mae_vit_", args.model)(
-        img_size=args.input_size,
-        decoder_depth=args.decoder_depth,
-        norm_pix_loss=True,
-        attention_backend=get_attention_backend(args.enable_flash_attention2, device, amp_dtype),
-        **options | changes,
-    )
-    model.set_recompute("blocks" if args.grad_checkpointing else args.recompute)
-    return model.to(device).train()
-
-
-def build_losses(model: nn.Module, args, device: torch.device, amp_dtype: torch.dtype | None):
-    """Two functions without arguments: the loss by the model and by the reference implementation.
+def build_model(args, device: torch.device, **sizes) -> nn.Module:
+    """The pre-training model that the flags describe; sizes without a flag may be given.
 
     Raises:
         UserError: the ratios leave no patch to see or to predict.
     """
+    recipe = dict(cross_mae=not args.mae, weight_fm=True, use_input=True, norm_pix_loss=True)
+    args = argparse.Namespace(**SHARED_DEFAULTS | PRETRAIN_DEFAULTS | vars(args) | recipe)
+    amp_dtype = choose_amp_dtype(args.amp, device)
+    attention = get_attention_backend(args.enable_flash_attention2, device, amp_dtype)
+    return build_pretrain_model(args, attention, **sizes).to(device).train()
+
+
+def build_losses(model: nn.Module, args, device: torch.device, amp_dtype: torch.dtype | None):
+    """Two functions without arguments: the loss by the model, and by the reference."""
     imgs = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
     noise = torch.rand(args.batch_size, model.patch_embed.num_patches, device=device)
     ratios = args.mask_ratio, args.kept_mask_ratio
-    num_visible_and_predicted(noise.shape[1], *ratios)
     forward = CastWeights(model)
 
     def loss() -> Tensor:

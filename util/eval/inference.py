@@ -3,6 +3,7 @@
 Shapes: B images, C channels, H height, W width, D encoder width, L patches.
 """
 
+import argparse
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from util.build import load_trained
 from util.data.image_io import open_image
 from util.data.loaders import DeviceLoader, build_eval_loader
 from util.data.transforms import build_transform
@@ -25,8 +27,13 @@ FEATURES = ("cls", "mean", "patches")
 
 
 def add_inference_flags(parser, batch_size: int = 64) -> None:
-    """Flags of a tool that runs a checkpoint over images."""
+    """Flags of a tool that takes features of images from a checkpoint."""
     flag = partial(add_flag, parser)
+    text = (
+        "class token, mean of the patches, or all patches (default: what the model's head reads; "
+        "of a pre-training checkpoint cls)"
+    )
+    flag("--which", str, None, text, choices=FEATURES)
     text = "of main_pretrain.py or main_finetune.py: file or URL"
     flag("--checkpoint", str, None, text, required=True)
     flag("--model", str, None, "name of the model, needed only if the checkpoint does not hold it")
@@ -49,6 +56,17 @@ def set_inference_flags(args, flags) -> None:
     args.batch_size, args.num_workers = flags.batch_size, flags.num_workers
     args.amp_dtype = choose_amp_dtype(flags.amp, args.device)
     args.pin_mem, args.prefetch, args.seed = True, 2, 0
+
+
+def load_for_inference(flags) -> tuple[nn.Module, argparse.Namespace, str]:
+    """(model on its device, its arguments, the feature to take) for add_inference_flags.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or a flag is out of range.
+    """
+    model, args = load_trained(flags.checkpoint, model=flags.model, model_ema=flags.model_ema)
+    set_inference_flags(args, flags)
+    return model.to(args.device), args, flags.which or default_feature(model)
 
 
 def describe_transform(args) -> str:

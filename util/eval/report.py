@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from util.distributed import all_reduce_sum
@@ -53,36 +52,20 @@ def predict_files(
                 writer.writerow(row)
 
 
-def count_confusion(
-    loader, model: nn.Module, num_classes: int, device, amp_dtype=None, split: bool = False
-) -> Tensor:
-    """Confusion matrix: counts (K, K), rows true, columns predicted; with `split`, summed over the
-    ranks, each of which has its own part of the images.
-    """
-    model.eval()
-    counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
-    for logits, labels in run_batches(model, loader, device, amp_dtype, "confusion"):
-        cells = labels * num_classes + logits.argmax(dim=1)
-        counts += torch.bincount(cells, minlength=num_classes**2)
-    if split:
-        all_reduce_sum(counts)
-    return counts.view(num_classes, num_classes).cpu()
-
-
-def report_evaluation(args, model: nn.Module, loader, amp_dtype) -> None:
-    """--report: write the tables and the confusion matrix of a classifier on a loader's images."""
-    classes = loader.dataset.classes
-    matrix = count_confusion(loader, model, len(classes), args.device, amp_dtype, args.dist_eval)
+def report_evaluation(args, confusion: Tensor, classes: list[str]) -> None:
+    """--report: write the tables and figure of a confusion matrix (K, K) of this rank's images."""
+    if args.dist_eval:
+        all_reduce_sum(confusion)
     if args.rank == 0:
         move_to_previous(Path(args.report), (Path(args.report, name) for name in REPORT_FILES))
-        for note in write_report(args.report, matrix, classes):
+        for note in write_report(args.report, confusion.cpu(), classes):
             logger.info("%s", note)
         logger.info("Report in %s", args.report)
 
 
 def write_report(folder: str | Path, matrix: Tensor, classes: list[str]) -> list[str]:
-    """Write per_class.csv, confusion.csv and confusion.png of count_confusion's matrix; returns
-    notes for the user.
+    """Write per_class.csv, confusion.csv and confusion.png of counts (K, K), rows true, columns
+    predicted; returns notes for the user.
     """
     from util.vis.confusion import draw_confusion  # matplotlib, which training does without
     from util.vis.figures import save_figure

@@ -68,11 +68,8 @@ class FlashKernelBackend(AttentionBackend):
 class FlashPackageBackend(AttentionBackend):
     """The flash-attn package in half precision; PyTorch's attention for float32 tensors."""
 
-    def __init__(
-        self, package, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func
-    ):
-        self.name = f"flash-attn {getattr(package, '__version__', '(unknown version)')}"
-        self.flash = flash_attn_func
+    def __init__(self, version: str, flash_attn_qkvpacked_func, flash_attn_kvpacked_func):
+        self.name = f"flash-attn {version}"
         self.flash_qkv = flash_attn_qkvpacked_func
         self.flash_kv = flash_attn_kvpacked_func
 
@@ -81,9 +78,6 @@ class FlashPackageBackend(AttentionBackend):
 
     def cross_attention(self, q: Tensor, kv: Tensor) -> Tensor:
         return self.flash_kv(q, kv) if q.dtype in HALF else super().cross_attention(q, kv)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.flash(q, k, v) if q.dtype in HALF else super().attention(q, k, v)
 
 
 def get_attention_backend(
@@ -110,13 +104,8 @@ def get_attention_backend(
     try:
         # By name: with other flash-attn packages installed, `import flash_attn` alone may succeed.
         import flash_attn
-        from flash_attn import (
-            flash_attn_func,
-            flash_attn_kvpacked_func,
-            flash_attn_qkvpacked_func,
-        )
+        from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func
     except ImportError as error:
         return FlashKernelBackend(f"{error}; install it with `{INSTALL_HINT}`")
-    return FlashPackageBackend(
-        flash_attn, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_kvpacked_func
-    )
+    version = getattr(flash_attn, "__version__", "(unknown version)")
+    return FlashPackageBackend(version, flash_attn_qkvpacked_func, flash_attn_kvpacked_func)

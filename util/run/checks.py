@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -62,103 +61,53 @@ def in_words(interval: str) -> str:
     return f"at least {low}" if interval[0] == "[" else f"above {low}"
 
 
-def refuse(rules: Iterable[tuple[bool, str]]) -> None:
-    """Raises UserError with the message of the first rule whose condition holds."""
-    for is_broken, message in rules:
-        if is_broken:
-            raise UserError(message)
-
-
 def check_shared(args: argparse.Namespace) -> None:
-    """Refuse flags of both scripts that cannot act.
-
-    Raises:
-        UserError: with the flag, its value and the remedy.
-    """
+    """Refuse flags of both scripts that cannot act: UserError with the flag and the remedy."""
     check_ranges(args, RANGES)
-    refuse([*run_rules(args), *data_rules(args), *memory_rules(args)])
+    if args.config:
+        raise UserError(f"--config {args.config} was not read: parse the flags with parse_flags.")
+    check_output(args)
+    check_data(args)
+    if args.replay and (getattr(args, "eval", False) or getattr(args, "predict", "")):
+        raise UserError("--replay takes a training step: leave out --eval and --predict.")
+    if args.recompute != "none" and args.grad_checkpointing:
+        raise UserError(
+            "--grad_checkpointing already recomputes whole blocks: leave out --recompute "
+            f"{args.recompute}."
+        )
+    if args.compile and args.grad_checkpointing:
+        raise UserError("--compile plans memory itself: leave out --grad_checkpointing.")
+    if args.compile and args.recompute != "none":
+        raise UserError(f"--compile plans memory itself: leave out --recompute {args.recompute}.")
 
 
-def run_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
+def check_output(args: argparse.Namespace) -> None:
     """What a run writes, and how it continues."""
-    return [
-        (
-            bool(args.keep_last and not args.keep_every),
-            "--keep_last needs checkpoint-EPOCH.pth files: give --keep_every too.",
-        ),
-        (
-            bool(args.save_every_minutes and not args.output_dir),
-            "--save_every_minutes has nowhere to save: give --output_dir.",
-        ),
-        (
-            bool(args.wandb) and importlib.util.find_spec("wandb") is None,
-            "--wandb needs an optional package: pip install wandb",
-        ),
-        (
-            bool(args.wandb and not args.output_dir),
-            "--wandb keeps its files in the output folder: give --output_dir.",
-        ),
-        (
-            bool(args.config),
-            f"--config {args.config} was not read: parse the flags with parse_flags.",
-        ),
-        (
-            bool(args.replay and (getattr(args, "eval", 0) or getattr(args, "predict", 0))),
-            "--replay takes a training step: leave out --eval and --predict.",
-        ),
-        (
-            args.resume == "auto" and not args.output_dir,
-            "--resume auto looks in the output folder: give --output_dir.",
-        ),
-    ]
+    if args.keep_last and not args.keep_every:
+        raise UserError("--keep_last needs checkpoint-EPOCH.pth files: give --keep_every too.")
+    if args.save_every_minutes and not args.output_dir:
+        raise UserError("--save_every_minutes has nowhere to save: give --output_dir.")
+    if args.resume == "auto" and not args.output_dir:
+        raise UserError("--resume auto looks in the output folder: give --output_dir.")
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb needs an optional package: pip install wandb")
+    if args.wandb and not args.output_dir:
+        raise UserError("--wandb keeps its files in the output folder: give --output_dir.")
 
 
-def data_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Where the images are."""
-    return [
-        (
-            args.crop_scale[0] > args.crop_scale[1],
-            "--crop_scale takes two fractions of the area, the smaller one first.",
-        ),
-        (
-            args.data_path == IMAGENET_AT_META
-            and not os.path.exists(IMAGENET_AT_META)
-            and not getattr(args, "predict", ""),
-            "--data_path is missing: name the folder of the data.",
-        ),
-        (
-            not args.data_path,
-            "--data_path is empty (an unset variable?); name the folder of the data.",
-        ),
-        (
-            bool(getattr(args, "shard_cache", None))
-            and not any("://" in getattr(args, name, "") for name in SOURCES),
-            "--shard_cache is for tar files at a URL: leave it out.",
-        ),
-        (
-            args.skip_bad_images and getattr(args, "eval", False),
-            "--skip_bad_images is for training; --eval counts every image: leave it out.",
-        ),
-    ]
-
-
-def memory_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
-    """What is recomputed, and by whom."""
-    return [
-        (
-            args.compile and args.grad_checkpointing,
-            "--compile plans memory itself: leave out --grad_checkpointing.",
-        ),
-        (
-            args.recompute != "none" and args.grad_checkpointing,
-            f"--grad_checkpointing already recomputes whole blocks: leave out --recompute "
-            f"{args.recompute}.",
-        ),
-        (
-            args.recompute != "none" and bool(args.compile),
-            f"--compile plans memory itself: leave out --recompute {args.recompute}.",
-        ),
-    ]
+def check_data(args: argparse.Namespace) -> None:
+    """Where the images are, and how they are read."""
+    is_default = args.data_path == IMAGENET_AT_META and not getattr(args, "predict", "")
+    if is_default and not os.path.exists(IMAGENET_AT_META):
+        raise UserError("--data_path is missing: name the folder of the data.")
+    if not args.data_path:
+        raise UserError("--data_path is empty (an unset variable?); name the folder of the data.")
+    if args.crop_scale[0] > args.crop_scale[1]:
+        raise UserError("--crop_scale takes two fractions of the area, the smaller one first.")
+    if args.shard_cache and not any("://" in getattr(args, name, "") for name in SOURCES):
+        raise UserError("--shard_cache is for tar files at a URL: leave it out.")
+    if args.skip_bad_images and getattr(args, "eval", False):
+        raise UserError("--skip_bad_images is for training; --eval counts every image.")
 
 
 def set_mean_std(args: argparse.Namespace) -> None:

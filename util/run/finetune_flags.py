@@ -6,7 +6,7 @@ from functools import partial
 from timm.layers import to_2tuple
 
 from util.io.errors import UserError
-from util.run.checks import check_ranges, check_shared, refuse, warn_ignored
+from util.run.checks import check_ranges, check_shared, warn_ignored
 from util.run.flags import add_flag
 
 LINEAR_PROBE = dict(  # defaults of --linear_probe: arXiv 2111.06377, appendix A.1, batch size 16384
@@ -111,48 +111,38 @@ def check_flags(args, parser) -> None:
     """
     check_shared(args)
     check_ranges(args, RANGES)
-    mixes, minmax = is_mixing(args), args.cutmix_minmax or [0, 1]
-    refuse(
-        [
-            (
-                mixes and args.batch_size % 2 == 1 and not args.eval,
-                f"Mixup pairs images: --batch_size {args.batch_size} must be even.",
-            ),
-            (
-                mixes and args.class_weights != "none" and not args.eval,
-                "--class_weights weights one label per image, mixup makes two: leave one out.",
-            ),
-            (
-                bool(args.eval or args.predict) and args.resume in ("", "auto"),
-                "--eval and --predict need a fine-tuned checkpoint: add --resume FILE.",
-            ),
-            (
-                args.eval and bool(args.predict),
-                "--eval needs labels and --predict takes images without: give one of them.",
-            ),
-            (
-                bool(args.report) and not args.eval,
-                "--report describes an evaluation: add --eval --resume FILE.",
-            ),
-            (
-                args.linear_probe and (mixes or args.drop_path > 0),
-                "--linear_probe trains a frozen encoder: leave out mixup and drop path.",
-            ),
-            (
-                args.linear_probe and not (args.finetune or args.resume),
-                "--linear_probe needs a pre-trained encoder: add --finetune FILE.",
-            ),
-            (
-                args.linear_probe and args.batch_size == 1,
-                "--linear_probe uses BatchNorm, which needs a --batch_size of 2 or more.",
-            ),
-            (
-                len(minmax) != 2 or minmax[0] > minmax[-1],
-                "--cutmix_minmax takes two fractions from 0 to 1, the smaller one first.",
-            ),
-        ]
-    )
+    if (args.eval or args.predict) and args.resume in ("", "auto"):
+        raise UserError("--eval and --predict need a fine-tuned checkpoint: add --resume FILE.")
+    if args.eval and args.predict:
+        raise UserError("--eval needs labels, --predict takes images without: give one of them.")
+    if args.report and not args.eval:
+        raise UserError("--report describes an evaluation: add --eval --resume FILE.")
+    if args.linear_probe:
+        check_probe(args)
+    minmax = args.cutmix_minmax or [0, 1]
+    if len(minmax) != 2 or minmax[0] > minmax[1]:
+        raise UserError("--cutmix_minmax takes two fractions, the smaller one first.")
+    if is_mixing(args) and not args.eval:
+        check_mixing(args)
     warn_ignored(args, parser, ignored_flags(args))
+
+
+def check_probe(args) -> None:
+    """Raises UserError for flags that a linear probe cannot have."""
+    if is_mixing(args) or args.drop_path > 0:
+        raise UserError("--linear_probe trains a frozen encoder: leave out mixup and drop path.")
+    if not (args.finetune or args.resume):
+        raise UserError("--linear_probe needs a pre-trained encoder: add --finetune FILE.")
+    if args.batch_size == 1:
+        raise UserError("--linear_probe uses BatchNorm, which needs a --batch_size of 2 or more.")
+
+
+def check_mixing(args) -> None:
+    """Raises UserError for flags that mixup and cutmix cannot have."""
+    if args.batch_size % 2 == 1:
+        raise UserError(f"Mixup pairs images: --batch_size {args.batch_size} must be even.")
+    if args.class_weights != "none":
+        raise UserError("--class_weights weights one label, mixup makes two: leave one out.")
 
 
 def check_cutmix(args) -> None:

@@ -49,7 +49,8 @@ def launch(main: Callable, args) -> None:
         logger.error("Error: interrupted")
         sys.exit(128 + signal.SIGINT)
     except (UserError, RuntimeError) as error:
-        message = describe_error(error)
+        is_user = isinstance(error, UserError)
+        message = str(error) if is_user else distributed.explain_lost_peer(error)
         if os.environ.get("CROSSMAE_TRACEBACK") or message is None:
             raise
         logger.error("Error: %s", message)
@@ -59,13 +60,6 @@ def launch(main: Callable, args) -> None:
         free_frames(sys.exc_info()[1])
         distributed.close()
         signals.restore_handlers()  # last: other ranks' signals may arrive while this one ends
-
-
-def describe_error(error: Exception) -> str | None:
-    """One line for a user's mistake or a lost process group; None for a bug."""
-    if isinstance(error, UserError):
-        return str(error)
-    return distributed.explain_lost_peer(error)
 
 
 def free_frames(error: BaseException | None) -> None:

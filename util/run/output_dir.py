@@ -1,7 +1,6 @@
 """The output folder of a run: made, locked, searched for a checkpoint, cleared of earlier runs."""
 
 import argparse
-import contextlib
 import datetime
 import fcntl
 import json
@@ -161,28 +160,18 @@ def clear_output_dir(args: argparse.Namespace, epoch: int) -> None:
 
 
 def move_to_previous(folder: Path, paths: Iterable[Path], copies: Iterable[Path] = ()) -> None:
-    """Move files that exist, or copy them, to folder/previous-TIME/: when the last was written."""
+    """Move files that exist, or copy them, to a new folder/previous-TIME/."""
     paths = [path for path in paths if path.exists()]
     copies = list(copies)
     if not paths and not copies:
         return
-    target = previous_folder(folder, max(path.stat().st_mtime for path in [*paths, *copies]))
+    target = folder / f"previous-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
+    target.mkdir()
     for path in copies:
         shutil.copy2(path, target / path.name)
     for path in paths:
         path.rename(target / path.name)
     logger.warning("Kept %d files of an earlier run in %s", len(paths) + len(copies), target)
-
-
-def previous_folder(folder: Path, time: float) -> Path:
-    """A new folder previous-TIME; with a suffix if there is one of that time already."""
-    name = f"previous-{datetime.datetime.fromtimestamp(time):%Y%m%d-%H%M%S}"
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        with contextlib.suppress(FileExistsError):
-            target = folder / f"{name}{suffix}"
-            target.mkdir()
-            return target
-    raise UserError(f"{folder} holds too many folders {name}-*; remove some.")
 
 
 def truncate_log(log: Path, first_epoch: int) -> None:

@@ -18,6 +18,7 @@ from util.io.checkpoint_file import plain_args
 from util.io.errors import UserError
 from util.rng import seed_all
 from util.run.launch import start_logging
+from util.run.startup import effective_batch_size
 from util.run.wandb_log import WandbWriter
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def set_lr(args, scale: float = 1.0, scale_text: str = "") -> str:
     """
     if args.lr is not None:
         return "--lr"
-    effective = args.batch_size * args.accum_iter * args.world_size
+    effective = effective_batch_size(args)
     args.lr = args.blr * effective / 256 * scale
     return f"{args.blr:g} × {effective}/256{scale_text}"
 
@@ -85,19 +86,14 @@ def ignore_full_disk(failure) -> None:
         threading.__excepthook__(failure)
 
 
-def flush(writer) -> None:
-    """Bring TensorBoard's file to the disk, so that a resumed curve has no gap.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+@contextlib.contextmanager
+def writing(what: str | Path):
+    """Raises UserError where `what` cannot be written."""
     try:
-        writer.flush()
+        yield
     except OSError as error:
-        raise UserError(
-            f"Cannot write TensorBoard's file in {writer.log_dir} ({error.strerror}); the "
-            "last checkpoint is intact."
-        ) from error
+        text = f"Cannot write {what} ({error.strerror}); the last checkpoint is intact."
+        raise UserError(text) from error
 
 
 @contextlib.contextmanager
@@ -136,10 +132,5 @@ def log_epoch(args, stats: dict, name: str = "log.txt") -> None:
         logger.warning("--compile: parts of the model run uncompiled: %s", fallbacks)
     if args.rank == 0 and args.output_dir:
         path = Path(args.output_dir, name)
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(stats) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"Cannot write {path} ({error.strerror}); the last checkpoint is intact."
-            ) from error
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(stats) + "\n")

@@ -16,7 +16,6 @@ from util.distributed import (
     all_gather_objects,
     all_reduce_max,
     get_rank,
-    get_world_size,
     is_main_process,
 )
 from util.io.errors import CheckpointError, UserError
@@ -24,7 +23,7 @@ from util.rng import get_random_state, set_random_state
 from util.run import signals
 from util.run.ema import restore_ema
 from util.run.output_dir import remove_old_checkpoints
-from util.run.setup import flush
+from util.run.setup import writing
 
 logger = logging.getLogger(__name__)
 
@@ -177,10 +176,7 @@ class RunState:
         self.writer = log.writer
         if self.ema is not None:
             self.ema.update(self.model)
-        if get_world_size() == 1:
-            is_due, is_stopping = self.requests()
-        else:
-            is_due, is_stopping = log.take_requests()
+        is_due, is_stopping = log.take_requests()
         if not (is_due or is_stopping):
             return
         log.read()  # no step is saved whose loss was not checked
@@ -259,8 +255,9 @@ class RunState:
             }
             parts = (self.model, self.optimizer, self.loss_scaler, extra)
             try:
-                if self.writer is not None:
-                    flush(self.writer)
+                if self.writer is not None:  # so that a resumed curve has no gap
+                    with writing(f"TensorBoard's file in {self.writer.log_dir}"):
+                        self.writer.flush()
                 save_model(self.args, self.epoch - 1, *parts, links=links)
             except UserError as error:
                 problem = error

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from util.distributed import all_gather_objects, all_reduce_sum, get_world_size
-from util.io.errors import NonFiniteLoss, UserError
+from util.io.errors import NonFiniteLoss
 from util.metrics import MetricLogger, SmoothedValue
-from util.run.setup import log_epoch
+from util.run.setup import log_epoch, writing
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,8 @@ class TrainLog:
 
     def take_requests(self) -> tuple[bool, bool]:
         """Whether any rank asked to save, and to stop, at a read since the last call."""
+        if get_world_size() == 1:
+            return self.state.requests()
         requests = self.save_requested, self.stop_requested
         self.save_requested = self.stop_requested = False
         return requests
@@ -172,14 +174,9 @@ class TrainLog:
         """
         if self.writer is not None:
             x = int((iteration / len(self.data_loader) + self.epoch) * 1000)
-            try:
+            with writing(f"TensorBoard's file in {self.writer.log_dir}"):
                 for tag, value in scalars.items():
                     self.writer.add_scalar(tag, value, x)
-            except OSError as error:  # raised in its thread, then handed on
-                raise UserError(
-                    f"Cannot write TensorBoard's file in {self.writer.log_dir} "
-                    f"({error.strerror}); the last checkpoint is intact."
-                ) from error
 
     def finish(self) -> dict[str, float]:
         """Read the rest, log the epoch's lines, return the mean of every meter."""
