@@ -110,10 +110,12 @@ def evaluate(
         labels = labels.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
             logits = model(imgs)
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
         if confusion is not None:
-            cells = labels * len(confusion) + logits.argmax(dim=1)
-            confusion += cells.bincount(minlength=confusion.numel()).view_as(confusion)
-        batch, batch_per_class = score(logits.float(), labels)
+            cells = labels * len(confusion) + best[:, 0]
+            confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
+        batch, batch_per_class = score(logits, best, labels)
         totals += batch
         per_class = batch_per_class + per_class if per_class.numel() else batch_per_class
         unread.append(batch[:3] / batch[3])
@@ -126,12 +128,11 @@ def evaluate(
     return stats
 
 
-def score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Float64 sums over a batch, logits (B, classes): loss, top-1 and top-5 correct, images; and
-    top-1 correct and images of each class, (2, classes).
+def score(logits: Tensor, best: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 sums over a batch, logits (B, classes), best classes (B, 5): loss, top-1 and top-5
+    correct, images; and top-1 correct and images of each class, (2, classes).
     """
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
     correct = best == labels.unsqueeze(1)
     count = torch.tensor(len(labels), device=logits.device)
     totals = torch.stack([loss, correct[:, 0].sum(), correct.sum(), count]).double()

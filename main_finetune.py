@@ -26,6 +26,7 @@ from util.distributed import broadcast_buffers, wrap_ddp
 from util.eval.predict import predict
 from util.eval.report import report_evaluation
 from util.io.checkpoint_file import read_checkpoint
+from util.io.errors import UserError
 from util.io.pretrained import read_pretrained
 from util.layers.attention import get_attention_backend
 from util.layers.vit import compile_model
@@ -140,6 +141,8 @@ def train(args) -> None:
         write_nothing(args)
     if checkpoint is None and args.finetune:
         checkpoint = read_pretrained(args.finetune)
+    if args.linear_probe and checkpoint is None:
+        raise UserError("--linear_probe needs a pre-trained encoder: add --finetune FILE.")
     model, amp_dtype, attention_text = build_model(args, checkpoint)
     if args.finetune and not args.resume:
         load_pretrained(model, checkpoint, args.finetune)
@@ -241,9 +244,11 @@ def evaluate_checkpoint(args) -> None:
     model.to(args.device)
     val_set = build_dataset(False, args)
     loader = build_eval_loader(val_set, args, args.dist_eval)
-    num_classes = len(val_set.classes)
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=args.device)
-    stats = evaluate(loader, model, args.device, amp_dtype, confusion if args.report else None)
+    confusion = None
+    if args.report:
+        shape = len(val_set.classes), len(val_set.classes)
+        confusion = torch.zeros(shape, dtype=torch.int64, device=args.device)
+    stats = evaluate(loader, model, args.device, amp_dtype, confusion)
     log_accuracy(len(val_set), stats)
     if args.report:
         report_evaluation(args, confusion, val_set.classes)

@@ -31,7 +31,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("*.py", "util/**/*.py", "tools/*.py")
+SOURCES = ("*.py", "util/**/*.py", "tools/**/*.py")
 TIMEOUT = 300  # seconds for the tests of one fault; a hang counts as noticed
 MAX_TEST_FILES = 6
 LIBRARIES = "torch torchvision timm numpy PIL matplotlib.figure pytest safetensors.torch".split()

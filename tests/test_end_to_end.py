@@ -155,6 +155,9 @@ INVALID_FLAGS = {
         *(main_finetune, *FINETUNE, "--linear_probe", "--finetune", "x", "--batch_size", "1"),
         *("--drop_path", "0"),
     ],
+    "needs a pre-trained encoder": [
+        *(main_finetune, *FINETUNE, "--linear_probe", "--resume", "auto", "--drop_path", "0"),
+    ],
     "--device meta is not supported": [main_pretrain, *PRETRAIN, "--device", "meta"],
 }
 

@@ -180,7 +180,7 @@ class Writer:
     """A TensorBoard writer that keeps (tag, step) of what it gets."""
 
     def __init__(self):
-        self.points = []
+        self.points, self.log_dir = [], "curves"
 
     def add_scalar(self, tag, value, step):
         self.points.append((tag, step))

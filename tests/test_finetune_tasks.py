@@ -96,6 +96,14 @@ def test_linear_probe_keeps_the_encoder_frozen(runs, image_folder, tmp_path, cap
     assert "* Acc@1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("task", [["--eval"], ["--predict", "images"]])
+def test_rules_of_training_do_not_refuse_inference(task):
+    """run.json of a training run, as --config of an evaluation, holds such flags."""
+    flags = [*task, "--resume", "x.pth", "--data_path", "data", "--batch_size", "1"]
+    for training in (["--mixup", "0.8", "--class_weights", "balanced"], ["--linear_probe"]):
+        main_finetune.check_args(main_finetune.parse_args([*flags, *training]))
+
+
 def test_linear_probe_defaults_and_overrides():
     args = main_finetune.parse_args(["--linear_probe", "--finetune", "x"])
     assert (args.blr, args.epochs, args.warmup_epochs, args.weight_decay) == (0.1, 90, 10, 0.0)

@@ -1,4 +1,4 @@
-"""Checks that need a GPU, skipped otherwise; run by scripts/gpu_check.sh."""
+"""Checks that need a GPU, skipped otherwise: `bash scripts/test.sh -m gpu`."""
 
 import os
 import subprocess

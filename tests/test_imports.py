@@ -81,7 +81,8 @@ OWN_IMPORTS = {name: (names & MODULES.keys()) - {name} for name, names in IMPORT
 
 
 def test_every_room_has_its_sentence():
-    for folder in {path.parent for path in (ROOT / "util").glob("*/*.py")} | {ROOT / "tools"}:
+    rooms = {path.parent for room in ("util", "tools") for path in (ROOT / room).glob("*/*.py")}
+    for folder in rooms | {ROOT / "tools"}:
         text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
         assert text and len(text.splitlines()) <= 2, folder
 

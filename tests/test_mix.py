@@ -42,6 +42,11 @@ def test_float32_is_one_product_of_the_stack(data):
         assert torch.equal(got, expected)
 
 
+def test_float64_gradients(data):
+    weight, maps = data[0].double().requires_grad_(), [m.double().requires_grad_() for m in data[1]]
+    assert torch.autograd.gradcheck(lambda w, *m: mix(w, list(m)), (weight, *maps))
+
+
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("num_maps", [1, K])
 def test_stacking_again_changes_nothing(data, amp, num_maps):

@@ -70,6 +70,15 @@ def test_confusion_counts(is_split, monkeypatch, tmp_path):
     assert written == (expected * (2 if is_split else 1)).tolist()
 
 
+def test_the_matrix_agrees_with_the_accuracy():
+    """Also where bfloat16 makes several classes equal."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(1000, 50, generator=random).bfloat16()
+    labels, counts = torch.arange(1000) % 50, torch.zeros(50, 50, dtype=torch.int64)
+    stats = evaluate([(logits, labels)], torch.nn.Identity(), torch.device("cpu"), None, counts)
+    assert stats["acc1"] == pytest.approx(counts.trace().item() / 10)
+
+
 @pytest.mark.filterwarnings("ignore:Glyph")  # the font has no Chinese
 def test_report_files(tmp_path):
     notes = report.write_report(tmp_path / "report", MATRIX, ["ant", "bee", "ça va 蜂"])

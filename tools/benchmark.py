@@ -9,7 +9,7 @@ within the noise floor shows no difference.
 --what step       forward, backward and optimizer step of pre-training, against the reference
                   implementation in tools.bench.reference with PyTorch's default AdamW
 --what optimizer  the optimizer step alone, against PyTorch's default AdamW
---what loader     images per second of one process: --loader fast against --loader recipe, with the
+--what loader     images per second of one process: --loader fast against --loader pillow, with the
                   same crops of JPEG files; then every installed JPEG decoder alone
 --what eval       forward of the fine-tuned classifier, against timm's VisionTransformer
 --what traffic    kernels, bytes moved and bytes kept for backward by forward and backward of
@@ -52,7 +52,7 @@ from util.io.errors import UserError
 from util.layers.attention import get_attention_backend
 from util.optim import autocast, choose_amp_dtype
 from util.rng import seeded
-from util.run.checks import check_ranges
+from util.run.checks import check_memory, check_ranges
 from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
 
@@ -81,7 +81,7 @@ def measure_loader(args, device: torch.device, timer: Timer) -> dict:
     difference = (normalize(uint8, mean, std) - expected) * std * 255
     return result | {
         "images_per_s": len(paths) / result["seconds"],
-        "images_per_s_textbook": len(paths) / result["seconds_textbook"],
+        "images_per_s_reference": len(paths) / result["seconds_reference"],
         "mean_grey_level_difference": difference.abs().mean().item(),
     }
 
@@ -193,6 +193,7 @@ def main(args: argparse.Namespace) -> None:
     if args.compile and args.what not in ("step", "traffic"):
         raise UserError(f"--compile is for --what step and traffic, not for {args.what}.")
     check_ranges(args, dict.fromkeys(("repeats", "steps", "batch_size"), "[1, inf)"))
+    check_memory(args)
     device = choose_device(args.device, 0)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -41,7 +41,7 @@ def build_pretrain_model(args, attention_backend=None, **sizes) -> nn.Module:
     """The MAE or CrossMAE that the flags describe.
 
     Args:
-        sizes: arguments of the model without a flag, such as embed_dim.
+        sizes: arguments of the model that replace its own, such as embed_dim.
 
     Raises:
         UserError: unknown name, or flags that do not fit together.
@@ -51,11 +51,11 @@ def build_pretrain_model(args, attention_backend=None, **sizes) -> nn.Module:
         decoder_embed_dim=args.decoder_embed_dim,
         decoder_depth=args.decoder_depth,
         norm_pix_loss=args.norm_pix_loss,
-        **sizes,
     )
     if args.cross_mae:
         options |= {name: getattr(args, name) for name in CROSS_DEFAULTS}
     module = models_cross if args.cross_mae else models_mae
+    options |= sizes
     model = build(find_factory(module, "mae_vit_", args.model), args, options, attention_backend)
     kept_mask_ratio = args.kept_mask_ratio if args.cross_mae else args.mask_ratio
     num_visible_and_predicted(model.patch_embed.num_patches, args.mask_ratio, kept_mask_ratio)

@@ -55,7 +55,7 @@ def compare(call: Callable, reference: Callable, timer: Timer, repeats: int) -> 
         "ratio_min": min(before + after) / min(times),
         "noise_floor": statistics.median(abs(x - 1) for x in noise),
         "seconds": statistics.median(times),
-        "seconds_textbook": statistics.median(before),
+        "seconds_reference": statistics.median(before),
     }
 
 

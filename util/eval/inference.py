@@ -55,6 +55,8 @@ def set_inference_flags(args, flags) -> None:
     args.device = choose_device(flags.device, local_rank=0)
     args.batch_size, args.num_workers = flags.batch_size, flags.num_workers
     args.amp_dtype = choose_amp_dtype(flags.amp, args.device)
+    if args.amp_dtype is None:
+        torch.backends.cudnn.allow_tf32 = False
     args.pin_mem, args.prefetch, args.seed = True, 2, 0
 
 

@@ -71,7 +71,7 @@ def multiply_maps(grad: Tensor, stacked: Tensor) -> Tensor:
     In 16 bits one product per image, then a sum in float32: a single product over millions of
     elements would be split in a way that depends on the device, and its parts rounded.
     """
-    if grad.dtype == torch.float32:
+    if grad.dtype not in (torch.float16, torch.bfloat16):
         return grad.flatten(1) @ stacked.flatten(1).T
     per_image = grad.flatten(2).transpose(0, 1) @ stacked.flatten(2).permute(1, 2, 0)  # (B, J, K)
     return per_image.sum(0, dtype=torch.float32)

@@ -70,6 +70,11 @@ def check_shared(args: argparse.Namespace) -> None:
     check_data(args)
     if args.replay and (getattr(args, "eval", False) or getattr(args, "predict", "")):
         raise UserError("--replay takes a training step: leave out --eval and --predict.")
+    check_memory(args)
+
+
+def check_memory(args: argparse.Namespace) -> None:
+    """What is recomputed, and by whom."""
     if args.recompute != "none" and args.grad_checkpointing:
         raise UserError(
             "--grad_checkpointing already recomputes whole blocks: leave out --recompute "

@@ -117,12 +117,13 @@ def check_flags(args, parser) -> None:
         raise UserError("--eval needs labels, --predict takes images without: give one of them.")
     if args.report and not args.eval:
         raise UserError("--report describes an evaluation: add --eval --resume FILE.")
-    if args.linear_probe:
+    is_training = not (args.eval or args.predict)
+    if args.linear_probe and is_training:
         check_probe(args)
     minmax = args.cutmix_minmax or [0, 1]
     if len(minmax) != 2 or minmax[0] > minmax[1]:
         raise UserError("--cutmix_minmax takes two fractions, the smaller one first.")
-    if is_mixing(args) and not args.eval:
+    if is_mixing(args) and is_training:
         check_mixing(args)
     warn_ignored(args, parser, ignored_flags(args))
 

@@ -73,8 +73,8 @@ def add_model_flags(flag) -> None:
     text = "keep only block inputs and run every block again in backward: less memory, slower"
     flag("--grad_checkpointing", bool, False, text)
     text = (
-        "compute again in backward instead of storing: gelu, less memory for more memory traffic; "
-        "all, LayerNorm too"
+        "compute again in backward instead of storing: gelu (and CrossMAE's stack of maps), "
+        "less memory for more memory traffic; all, LayerNorm too"
     )
     flag("--recompute", str, "none", text, choices=["none", "gelu", "all"])
     text = (
