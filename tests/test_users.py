@@ -81,7 +81,7 @@ ANSWERS = {
     "continue from weights": ["docs/training.md#--init_from"],
     "several nodes, SLURM": [
         "test_distributed.py::test_launcher_variables",
-        "docs/training.md#Several machines",
+        "docs/training.md#Multiple nodes",
         "docs/training.md#SLURM can send a signal",
     ],
     "flags that crash late": [
