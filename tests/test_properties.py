@@ -117,7 +117,7 @@ def test_valid_flags_train(script, strategy, image_folder, tmp_path, capsys):
     runs = iter(range(10**6))
 
     @given(strategy)
-    @settings(max_examples=12, **COMMON)
+    @settings(max_examples=8, **COMMON)
     def check(parts):
         out = tmp_path / str(next(runs))
         flags = [*fixed, str(image_folder), "--output_dir", str(out), *sum(parts, [])]
@@ -244,7 +244,7 @@ def test_damaged_bytes_load_equal_or_are_refused(good_checkpoint, ask, tmp_path)
     spots = st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255))
 
     @given(st.lists(spots, min_size=1, max_size=3), st.one_of(st.none(), st.integers(0, len(data))))
-    @settings(max_examples=30, **COMMON)
+    @settings(max_examples=20, **COMMON)
     def check(changes, length):
         damaged = bytearray(data)
         for position, value in changes:
@@ -262,7 +262,7 @@ def test_wrong_entries_load_equal_or_are_refused(good_checkpoint, ask, tmp_path)
     assert len(paths) > 300
 
     @given(st.sampled_from(paths), st.sampled_from(["junk", "shape", "dtype", "drop"]), st.data())
-    @settings(max_examples=60, **COMMON)
+    @settings(max_examples=40, **COMMON)
     def check(path, kind, data):
         changed = copy.deepcopy(content)
         inner = changed

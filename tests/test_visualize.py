@@ -1,7 +1,5 @@
 """tools/visualize.py and util/vis: exact pixels and masks, attention, weights, file formats."""
 
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -49,7 +47,6 @@ from util.vis.reconstruction import (
     reconstruction_columns,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 MEAN, STD = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
 SIZES = [(32, 32), (16, 48)]
 
@@ -809,7 +806,7 @@ def has_weights(model) -> str:
 def test_matplotlib_is_not_imported_by_training():
     """Only --log_images and --report need it."""
     code = "import sys, main_pretrain, main_finetune; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert run_python("-c", code).returncode == 0
     log = ImageLog(options_of(log_images=0, epochs=1), FakeWriter(), None)
     log.show(None, 0)  # nothing is drawn
     assert not log.writer
