@@ -104,13 +104,10 @@ def test_a_class_without_a_vote_is_no_guess():
     assert right == {0: [0, 0], 1: [1, 1], 2: [0, 0], 3: [0, 1], 4: [0, 0], 5: [0, 0]}
 
 
-def test_too_many_neighbors(caplog):
-    assert knn.choose_ks([100, 5, 1, 5], 20) == [1, 5]
-    assert "Left out k = 100: there are 20 training images" in caplog.text
-    with pytest.raises(ValueError, match="--k 25 30 does not fit 20 training images"):
-        knn.choose_ks([25, 30], 20)
-    with pytest.raises(ValueError, match="--k holds 0"):
-        knn.choose_ks([0, 3], 20)
+def test_k_is_positive():
+    flags = ["--checkpoint", "c.pth", "--data_path", "data", "--k", "3", "0"]
+    with pytest.raises(ValueError, match="--k is 0; it must be at least 1"):
+        knn.main(knn.get_args_parser().parse_args(flags))
 
 
 def write_data(folder: Path, splits: dict[str, list[str]], count: int = 4) -> None:
@@ -155,9 +152,10 @@ def test_command_line(tmp_path):
     assert [line for line in lines if line.startswith("kNN")] == [
         "kNN k=1 T=0.07: Acc@1 100.000 Acc@5 100.000",
         "kNN k=3 T=0.07: Acc@1 100.000 Acc@5 100.000",
+        "kNN k=12 T=0.07: Acc@1 100.000 Acc@5 100.000",  # 50 is more than there are
     ]
     assert re.search(r"evaluation transform.*no augmentation", result.stdout)
-    assert "Left out k = 50" in result.stdout and "Acc@5 says nothing" in result.stdout
+    assert "Acc@5 says nothing" in result.stdout
     facts = json.loads(lines[-1])
     assert facts["which"] == "cls" and facts["train"] == facts["val"] == 12
     assert facts["knn"][1] == {"k": 3, "acc1": 100.0, "acc5": 100.0}

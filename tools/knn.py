@@ -16,21 +16,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its path
 
 from util.data.remote import localize
-from util.eval.inference import (
-    add_inference_flags,
-    build_inference_loader,
-    describe_transform,
-    load_for_inference,
-    run_features,
-)
-from util.eval.knn import list_splits, measure_knn
+from util.eval.inference import add_inference_flags, describe_transform, load_for_inference
+from util.eval.knn import evaluate_knn, list_splits
 from util.eval.report import few_classes_note
-from util.io.errors import UserError
 from util.run.checks import check_ranges
 from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
@@ -43,7 +34,7 @@ def get_args_parser() -> FlagParser:
     flag = partial(add_flag, parser)
     flag("--data_path", str, None, "folder with train/ and val/", required=True)
     flag("--shard_cache", str, None, "where shards at a URL are copied to", metavar="DIR")
-    text = "numbers of neighbors (default: 1 5 10 20 100)"
+    text = "numbers of neighbors, at most all training images (default: 1 5 10 20 100)"
     flag("--k", int, [1, 5, 10, 20, 100], text, nargs="+")
     flag("--temperature", float, 0.07, "T of the vote")
     flag("--json", bool, False, "end with all results as one line of JSON")
@@ -51,40 +42,15 @@ def get_args_parser() -> FlagParser:
     return parser
 
 
-def choose_ks(ks: list[int], num_train: int) -> list[int]:
-    """The k that are at most the number of training images, ascending."""
-    if min(ks) < 1:
-        raise UserError(f"--k holds {min(ks)}; it must be at least 1.")
-    possible = sorted({k for k in ks if k <= num_train})
-    left_out = sorted(set(ks) - set(possible))
-    if not possible:
-        raise UserError(
-            f"--k {' '.join(map(str, ks))} does not fit {num_train} training images; "
-            f"choose from 1 to {num_train}."
-        )
-    if left_out:
-        names = ", ".join(map(str, left_out))
-        logger.warning("Left out k = %s: there are %d training images", names, num_train)
-    return possible
-
-
 def main(args: argparse.Namespace) -> None:
-    check_ranges(args, {"temperature": "(0, inf]"})
-    data_path = localize(args.data_path, args.shard_cache, "train", "val")
-    classes, train, val = list_splits(data_path)
-    ks = choose_ks(args.k, len(train))
+    check_ranges(args, {"temperature": "(0, inf]", "k": "[1, inf)"})
+    splits = list_splits(localize(args.data_path, args.shard_cache, "train", "val"))
+    classes, train, val = splits
     model, trained, which = load_for_inference(args)
     logger.info("%s of %s, %s", which, trained.model, args.checkpoint)
     logger.info("train/ (%d) and val/ (%d): %s", len(train), len(val), describe_transform(trained))
-
-    def features(samples, title):
-        loader = build_inference_loader(samples, classes, trained)
-        found = run_features(model, loader, which, trained.device, trained.amp_dtype, title)
-        return ((x.flatten(1), y) for x, y in found)  # patches (B, L, D): one long feature
-
-    bank, labels = (torch.cat(parts) for parts in zip(*features(train, "train"), strict=True))
-    queries = features(val, "val")
-    results = measure_knn(bank, labels, queries, ks, args.temperature, len(classes))
+    options = which, args.k, args.temperature, trained.amp_dtype
+    results = evaluate_knn(model, splits, trained, *options)
     for k, (acc1, acc5) in results.items():
         print(f"kNN k={k} T={args.temperature:g}: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
     if note := few_classes_note(len(classes)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.data.labels import check_same_classes, list_labeled
 from util.data.remote import localize
@@ -96,6 +96,33 @@ def list_splits(data_path: str) -> tuple[list[str], list, list]:
     return train.classes, train.samples, val.samples
 
 
+def evaluate_knn(
+    model: nn.Module, splits, args, which: str, ks: Iterable[int], temperature: float, amp_dtype
+) -> dict[int, tuple[float, float]]:
+    """{k: (Acc@1, Acc@5)} in percent; a k above the number of training images counts as that.
+
+    Each rank extracts its part of the images; all of them hold the features of train/.
+
+    Args:
+        splits: of list_splits.
+        args: those of the model; images go through its evaluation transform.
+        which: "cls", "mean", or "patches" one after the other.
+    """
+    classes, train, val = splits
+
+    def features(samples, title):
+        loader = build_inference_loader(samples, classes, args, split=True)
+        found = run_features(model, loader, which, args.device, amp_dtype, title)
+        return ((x.flatten(1), labels) for x, labels in found)
+
+    width = model.embed_dim * (model.patch_embed.num_patches if which == "patches" else 1)
+    none = torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)  # for a rank without images
+    parts = [[x.to(args.device) for x in none], *features(train, "kNN train")]
+    bank, labels = (all_gather_rows(torch.cat(part)) for part in zip(*parts, strict=True))
+    ks = sorted({min(k, len(bank)) for k in ks})
+    return measure_knn(bank, labels, features(val, "kNN val"), ks, temperature, len(classes))
+
+
 class OnlineKnn:
     """Accuracy of the class token every few epochs of pre-training; draws no random number."""
 
@@ -111,33 +138,19 @@ class OnlineKnn:
         self.args = args
         if args.knn_every:
             data = localize(args.knn_data, args.shard_cache, "train", "val")
-            self.classes, *self.splits = list_splits(data)
+            self.splits = list_splits(data)
 
     def measure(self, model, epoch: int, amp_dtype, writer=None) -> dict[str, float]:
-        """knn_acc1 and knn_acc5 after this epoch, in percent; {} where it is not due.
-
-        Each rank extracts its part of the images; all of them hold the features of train/.
-        """
+        """knn_acc1 and knn_acc5 after this epoch, in percent; {} where it is not due."""
         args = self.args
         is_due = args.knn_every and (epoch + 1) % args.knn_every == 0
         if not is_due and not (args.knn_every and epoch + 1 == args.epochs):
             return {}
-
-        def features(samples, title):
-            loader = build_inference_loader(samples, self.classes, args, split=True)
-            return run_features(model, loader, "cls", args.device, amp_dtype, title)
-
         # --compile is for the shapes of training: whole images would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
-            train, val = self.splits
-            parts = [(torch.zeros(0, model.embed_dim), torch.zeros(0, dtype=torch.int64))]
-            parts = [tuple(x.to(args.device) for x in part) for part in parts]
-            parts += features(train, "kNN train")
-            bank, labels = (all_gather_rows(torch.cat(part)) for part in zip(*parts, strict=True))
-            k = min(ONLINE_K, len(bank))
-            queries = features(val, "kNN val")
-            found = measure_knn(bank, labels, queries, [k], ONLINE_TEMPERATURE, len(self.classes))
-        stats = dict(zip(("knn_acc1", "knn_acc5"), found[k], strict=True))
+            options = "cls", [ONLINE_K], ONLINE_TEMPERATURE, amp_dtype
+            ((k, accuracies),) = evaluate_knn(model, self.splits, args, *options).items()
+        stats = dict(zip(("knn_acc1", "knn_acc5"), accuracies, strict=True))
         logger.info("kNN k=%d: Acc@1 %.3f Acc@5 %.3f", k, *stats.values())
         if writer is not None:
             for name, value in stats.items():
