@@ -21,6 +21,7 @@ import models_vit  # noqa: E402
 from tools import benchmark  # noqa: E402
 from tools.bench.reference import reference_loss  # noqa: E402
 from tools.bench.step import build_losses, build_model, build_steps  # noqa: E402
+from util.casts import CastWeights  # noqa: E402
 from util.data.loaders import DeviceLoader  # noqa: E402
 from util.distributed import sync_gradients  # noqa: E402
 from util.layers.vit import compile_model  # noqa: E402
@@ -88,10 +89,10 @@ def check_loss(amp_dtype, policy="none", compiled="", tolerance=2e-2) -> None:
         compile_model(model, compiled)
     scaler = NativeScalerWithGradNormCount(amp_dtype, DEVICE.type)
     optimizer = build_adamw([p for p in model.parameters() if p.requires_grad], 1e-3, (0.9, 0.95))
-    losses = []
+    forward, losses = CastWeights(model), []
     for _ in range(4):
         with autocast(DEVICE, amp_dtype):
-            loss = model(imgs, 0.75, 0.25, noise=noise)
+            loss = forward(imgs, 0.75, 0.25, noise=noise)
         scaler(loss, optimizer)
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())

@@ -41,6 +41,7 @@ def measure_step(args, device: torch.device, timer: Timer) -> dict:
         "peak_memory_ratio": peaks[0] / peaks[1],
         "gflop_per_image": flops and flops / args.batch_size / 1e9,
         "compile_s": compile_s,
+        "attention": model.blocks[0].attn.attention_backend.name,
     }
     if device.type == "cuda" and flops:
         matmul = matmul_flops_per_s(device, amp_dtype or torch.float32)
