@@ -84,7 +84,7 @@ def evaluate(
     """Accuracy and loss over (imgs, labels) batches; each rank may hold a part of the images.
 
     Args:
-        amp_dtype: autocast dtype, None for float32.
+        amp_dtype: autocast dtype, None for float32, "auto" for what choose_amp_dtype takes.
         confusion: counts (classes, classes), rows true, columns predicted; this rank's images are
             added.
 
@@ -115,12 +115,14 @@ def evaluate(
         if confusion is not None:
             cells = labels * len(confusion) + best[:, 0]
             confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
-        batch, batch_per_class = score(logits, best, labels)
-        totals += batch
-        per_class = batch_per_class + per_class if per_class.numel() else batch_per_class
-        unread.append(batch[:3] / batch[3])
+        sums, class_sums = sum_batch(logits, best, labels)
+        totals += sums
+        # The first batch shows the number of classes; a rank may have no batch.
+        per_class = per_class + class_sums if per_class.numel() else class_sums
+        unread.append(sums[:3] / sums[3])
 
-    loss, acc1, acc5 = (all_reduce_sum(totals)[:3] / totals[3]).tolist()
+    all_reduce_sum(totals)
+    loss, acc1, acc5 = (totals[:3] / totals[3]).tolist()
     stats = {"loss": loss, "acc1": 100 * acc1, "acc5": 100 * acc5}
     stats["mean_class"] = 100 * average_classes(per_class)
     logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", stats["acc1"], stats["acc5"], stats["loss"])
@@ -128,9 +130,16 @@ def evaluate(
     return stats
 
 
-def score(logits: Tensor, best: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Float64 sums over a batch, logits (B, classes), best classes (B, 5): loss, top-1 and top-5
-    correct, images; and top-1 correct and images of each class, (2, classes).
+def sum_batch(logits: Tensor, best: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over a batch in float64, to be added up over batches and ranks.
+
+    Args:
+        logits: (B, classes).
+        best: (B, at most 5) classes, the most probable first.
+
+    Returns:
+        (4,): loss, top-1 correct, top-5 correct, images; and (2, classes): top-1 correct and images
+        of each class.
     """
     loss = F.cross_entropy(logits, labels, reduction="sum")
     correct = best == labels.unsqueeze(1)

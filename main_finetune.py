@@ -107,8 +107,8 @@ def main(args) -> None:
         train(args)
 
 
-def build_model(args, checkpoint: dict | None):
-    """(classifier, autocast dtype, name of the attention backend) for flags and a checkpoint.
+def complete_args(args, checkpoint: dict | None) -> None:
+    """Settle what the flags leave open: the input by the checkpoint, the classes by the data.
 
     Raises:
         UserError: flags, data and checkpoint do not fit together.
@@ -126,6 +126,10 @@ def build_model(args, checkpoint: dict | None):
     check_classes(args)
     if args.resume:
         check_trained_classes(args, checkpoint)
+
+
+def build_model(args):
+    """(classifier, autocast dtype, name of the attention backend) for the flags."""
     amp_dtype = choose_amp_dtype(args.amp, args.device)
     attention = get_attention_backend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_classifier(args, attention)
@@ -139,16 +143,16 @@ def train(args) -> None:
     checkpoint = resolve_resume(args)
     if args.replay:
         write_nothing(args)
-    if checkpoint is None and args.finetune:
-        checkpoint = read_pretrained(args.finetune)
-    if args.linear_probe and checkpoint is None:
+    pretrained = read_pretrained(args.finetune) if args.finetune and not args.resume else None
+    if args.linear_probe and checkpoint is None and pretrained is None:
         raise UserError("--linear_probe needs a pre-trained encoder: add --finetune FILE.")
-    model, amp_dtype, attention_text = build_model(args, checkpoint)
-    if args.finetune and not args.resume:
-        load_pretrained(model, checkpoint, args.finetune)
+    complete_args(args, pretrained if checkpoint is None else checkpoint)
+    model, amp_dtype, attention_text = build_model(args)
+    if pretrained is not None:
+        load_pretrained(model, pretrained, args.finetune)
         model.init_head()
-        checkpoint = None
-    elif not args.resume:
+        del pretrained
+    elif checkpoint is None:
         logger.info("No --finetune: training from random weights")
     prepare_output(args)
     lock = lock_output_dir(args)  # noqa: F841 (held while this function runs)
@@ -201,11 +205,11 @@ def run_epochs(args, state: RunState, ddp_model, train_loader, val_loader, write
             args.device,
             epoch,
             state.loss_scaler,
-            args.clip_grad,
-            mixup_fn,
-            writer,
-            args,
-            state,
+            max_norm=args.clip_grad,
+            mixup_fn=mixup_fn,
+            log_writer=writer,
+            args=args,
+            state=state,
         )
         broadcast_buffers(model)
         test_stats = evaluate(val_loader, model, args.device, state.loss_scaler.amp_dtype)
@@ -239,7 +243,8 @@ def evaluate_checkpoint(args) -> None:
     checkpoint = read_checkpoint(args.resume)
     if args.model_ema:
         checkpoint = with_ema_weights(checkpoint, args.resume)
-    model, amp_dtype, _ = build_model(args, checkpoint)
+    complete_args(args, checkpoint)
+    model, amp_dtype, _ = build_model(args)
     load_model(args, model, checkpoint=checkpoint)
     model.to(args.device)
     val_set = build_dataset(False, args)

@@ -171,7 +171,7 @@ def main(args) -> None:
     attention = get_attention_backend(args.enable_flash_attention2, args.device, amp_dtype)
     model = build_pretrain_model(args, attention)
     if pretrained is not None:
-        init_from(model, args.init_from, pretrained)
+        init_from(model, pretrained, args.init_from)
         del pretrained
     prepare_output(args)
     lock = lock_output_dir(args)  # noqa: F841 (held while this function runs)
@@ -203,7 +203,15 @@ def main(args) -> None:
         for epoch in range(state.epoch, args.epochs):
             loader.set_epoch(epoch, state.iteration)
             stats = train_one_epoch(
-                ddp_model, loader, optimizer, args.device, epoch, loss_scaler, writer, args, state
+                ddp_model,
+                loader,
+                optimizer,
+                args.device,
+                epoch,
+                loss_scaler,
+                log_writer=writer,
+                args=args,
+                state=state,
             )
             stats = {f"train_{k}": v for k, v in stats.items()}
             stats |= knn.measure(model, epoch, amp_dtype, writer)

@@ -78,6 +78,7 @@ class CrossMAE(MaskedAutoencoder):
             for _ in range(decoder_depth)
         )
         self.add_prediction_head()
+        self.initialize_weights()
 
     def forward_encoder(self, imgs: Tensor, masking: Masking) -> Sequence[Tensor]:
         """imgs (B, C, H, W) -> the context of each of the J decoder blocks, (B, 1 + V, D).
@@ -86,11 +87,12 @@ class CrossMAE(MaskedAutoencoder):
         """
         x = self.embed(imgs, masking.ids_keep)
         if not self.weight_fm:
-            *_, x = self.run_blocks(x)
-            return [self.norm(x)] * len(self.decoder_blocks)
+            return [self.norm(self.run_blocks(x))] * len(self.decoder_blocks)
         maps = [x] if self.use_input else []
-        num_used = self.use_fm[-1] + 1  # later blocks would not be used: they are not run
-        maps += [x for i, x in enumerate(self.run_blocks(x, num_used)) if i in self.use_fm]
+        for i, block in enumerate(self.blocks[: self.use_fm[-1] + 1]):  # no map needs later blocks
+            x = self.run_block(block, x)  # (B, 1 + V, D)
+            if i in self.use_fm:
+                maps.append(x)
         return self.wfm(maps)
 
     def forward_decoder(self, contexts: Sequence[Tensor], masking: Masking) -> Tensor:

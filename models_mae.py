@@ -35,11 +35,11 @@ class MAE(MaskedAutoencoder):
             Block(E, decoder_num_heads, **self.block_options) for _ in range(decoder_depth)
         )
         self.add_prediction_head()
+        self.initialize_weights()
 
     def forward_encoder(self, imgs: Tensor, masking: Masking) -> Tensor:
         """imgs (B, C, H, W) -> class token and visible patches (B, 1 + V, D)."""
-        *_, x = self.run_blocks(self.embed(imgs, masking.ids_keep))
-        return self.norm(x)
+        return self.norm(self.run_blocks(self.embed(imgs, masking.ids_keep)))
 
     def forward_decoder(self, x: Tensor, masking: Masking) -> Tensor:
         """(B, 1 + V, D) -> predicted pixels of all patches (B, L, p*p*C)."""

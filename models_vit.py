@@ -45,7 +45,7 @@ class VisionTransformer(ViTBackbone):
         else:
             self.norm = self.norm_layer(D)
         self.head = nn.Linear(D, num_classes)
-        self.apply(init_linear)
+        self.apply(init_trunc_normal)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
 
@@ -78,11 +78,10 @@ class VisionTransformer(ViTBackbone):
 
     def forward(self, imgs: Tensor) -> Tensor:
         """imgs (B, C, H, W) -> logits (B, classes)."""
-        *_, x = self.run_blocks(self.embed(imgs))
-        return self.forward_head(x)
+        return self.forward_head(self.run_blocks(self.embed(imgs)))
 
 
-def init_linear(module: nn.Module) -> None:
+def init_trunc_normal(module: nn.Module) -> None:
     """Initialize linear layers as timm does."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

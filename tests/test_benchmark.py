@@ -121,7 +121,7 @@ def test_traffic_of_compiled_code():
 
 def count(*flags):
     flags = ["--what", "traffic", *TINY.split(), "--batch_size", "256", *flags]
-    return count_step(benchmark.get_args_parser().parse_args(flags), torch.bfloat16, 0)
+    return count_step(benchmark.get_args_parser().parse_args(flags), torch.bfloat16)
 
 
 def test_compiled_steps_move_less():

@@ -283,7 +283,7 @@ def test_wrong_size_loads_nothing(change, files, tiny_vit, tiny_cross):
     weights = weights_of(read_checkpoint(files["cross"]))
     for build, load in (
         (tiny_vit, lambda model: load_encoder(model, dict(weights))),
-        (tiny_cross, lambda model: init_from(model, str(files["cross"]))),
+        (tiny_cross, lambda model: init_from(model, read_checkpoint(files["cross"]), "it")),
         (tiny_cross, lambda model: load_strict(model, weights, "file")),
     ):
         model = build(seed=9, **change)

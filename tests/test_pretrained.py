@@ -90,7 +90,7 @@ def test_encoders_of_transformers(name, options, native, tiny_mae, tiny_cross):
     theirs, folder = native(name, **options)
     expected = theirs(IMGS).last_hidden_state
     ours = (tiny_mae if name == "ViTModel" else tiny_cross)().eval()
-    init_from(ours, folder)
+    init_from(ours, read_pretrained(folder), folder)
     if name == "ViTModel":  # of encoder weights alone, --init_from takes no final norm
         weights = read_pretrained(folder)["model"]
         ours.norm.load_state_dict({x: weights[f"norm.{x}"] for x in ("weight", "bias")})
@@ -118,7 +118,7 @@ def test_mae_of_transformers_with_its_decoder(names, native, tiny_mae, caplog):
     if names != "saved":
         save_file({k: v.contiguous() for k, v in weights.items()}, f"{folder}/model.safetensors")
     ours = tiny_mae().eval()
-    init_from(ours, folder)
+    init_from(ours, read_pretrained(folder), folder)
     assert f"matched {len(ours.state_dict())} of {len(ours.state_dict())} tensors" in caplog.text
     noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(3))
     loss, pred, *_ = ours(IMGS, 0.75, vis=True, noise=noise)
@@ -133,7 +133,7 @@ def test_mae_of_transformers_starts_crossmae(native, tiny_cross, caplog):
     theirs, folder = native("ViTMAEForPreTraining", decoder_intermediate_size=64, **MAE)
     ours = tiny_cross()
     before = ours.decoder_pred.weight.clone()
-    init_from(ours, folder)
+    init_from(ours, read_pretrained(folder), folder)
     assert ours.decoder_pred.weight.equal(before) and "decoder: newly init" in caplog.text
     (norm,) = (x for name, x in theirs.vit.named_parameters() if "1.layernorm_after.weight" in name)
     assert ours.blocks[1].norm2.weight.equal(norm)
@@ -155,8 +155,8 @@ def test_exported_folder_comes_back(to, kind, save, tmp_path, tiny_vit, tiny_cro
         assert args["mean"] == MEAN and args["std"] == STD and args["patch_size"] == 8
         return
     again = (tiny_cross if kind == "cross" else tiny_mae)(seed=3).eval()
-    init_from(again, source)
-    found, expected = (list(x.run_blocks(x.embed(IMGS)))[-1] for x in (again, model))
+    init_from(again, read_pretrained(source), source)
+    found, expected = (x.run_blocks(x.embed(IMGS)) for x in (again, model))
     assert_close(found, expected)
 
 
@@ -186,7 +186,7 @@ def timm_weights(monkeypatch):
 def test_timm_name(timm_weights, tiny_vit):
     theirs = timm_weights("vit_base_patch16_224", num_classes=0)
     ours = load(tiny_vit(global_pool=False), "timm:vit_base_patch16_224.mae")
-    assert_close(ours.norm(list(ours.run_blocks(ours.embed(IMGS)))[-1])[:, 0], theirs(IMGS))
+    assert_close(ours.norm(ours.run_blocks(ours.embed(IMGS)))[:, 0], theirs(IMGS))
 
 
 @torch.no_grad()
@@ -280,7 +280,7 @@ def test_other_sizes_are_refused(options, text, native, tiny_vit, tiny_cross):
     with pytest.raises(UserError, match=text):
         load_pretrained(tiny_vit(), read_pretrained(folder), folder)
     with pytest.raises(UserError, match=text):
-        init_from(tiny_cross(), folder)
+        init_from(tiny_cross(), read_pretrained(folder), folder)
 
 
 def test_runs_start_from_a_folder(tmp_path, image_folder, capsys):

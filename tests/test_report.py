@@ -11,7 +11,7 @@ from test_evaluation import make_args, prepared
 
 from engine_finetune import evaluate
 from util.data.sources import list_images
-from util.eval import report
+from util.eval import predict, report
 from util.vis.confusion import draw_confusion
 from util.vis.figures import figure_to_array
 
@@ -27,7 +27,7 @@ def test_predictions(image_folder, tiny_vit, tmp_path):
     """Every row against a softmax written out; the five most probable of six classes."""
     model, classes = tiny_vit(num_classes=6), ["ant", "bee", "cat", "dog", "elk, big", "fly"]
     files = [path for path, _ in list_images(image_folder / "val").samples]
-    report.predict_files(model, files, classes, make_args(), tmp_path / "predictions.csv")
+    predict.predict_files(model, files, classes, make_args(), tmp_path / "predictions.csv")
     head, *rows = read_csv(tmp_path / "predictions.csv")
     assert head[:5] == ["file", "class", "probability", "class_2", "probability_2"]
     assert len(head) == 11 and [row[0] for row in rows] == files
@@ -43,8 +43,8 @@ def test_predictions(image_folder, tiny_vit, tmp_path):
 
 def test_predictions_of_few_classes_have_fewer_columns(image_folder, tiny_vit, tmp_path):
     files = [path for path, _ in list_images(image_folder / "val").samples]
-    names = report.name_classes(Namespace(class_names=[]), 2)
-    report.predict_files(tiny_vit(num_classes=2), files, names, make_args(), tmp_path / "p.csv")
+    names = predict.name_classes(Namespace(class_names=[]), 2)
+    predict.predict_files(tiny_vit(num_classes=2), files, names, make_args(), tmp_path / "p.csv")
     head, *rows = read_csv(tmp_path / "p.csv")
     assert len(head) == 5 and {row[1] for row in rows} <= {"0", "1"}
     assert all(abs(float(row[2]) + float(row[4]) - 1) < 2e-6 for row in rows)

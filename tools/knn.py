@@ -44,13 +44,22 @@ def get_args_parser() -> FlagParser:
 
 def main(args: argparse.Namespace) -> None:
     check_ranges(args, {"temperature": "(0, inf]", "k": "[1, inf)"})
-    splits = list_splits(localize(args.data_path, args.shard_cache, "train", "val"))
-    classes, train, val = splits
+    data = localize(args.data_path, args.shard_cache, "train", "val")
+    classes, train, val = list_splits(data)
     model, trained, which = load_for_inference(args)
     logger.info("%s of %s, %s", which, trained.model, args.checkpoint)
     logger.info("train/ (%d) and val/ (%d): %s", len(train), len(val), describe_transform(trained))
-    options = which, args.k, args.temperature, trained.amp_dtype
-    results = evaluate_knn(model, splits, trained, *options)
+    results = evaluate_knn(
+        model,
+        classes,
+        train,
+        val,
+        trained,
+        which=which,
+        ks=args.k,
+        temperature=args.temperature,
+        amp_dtype=trained.amp_dtype,
+    )
     for k, (acc1, acc5) in results.items():
         print(f"kNN k={k} T={args.temperature:g}: Acc@1 {acc1:.3f} Acc@5 {acc5:.3f}")
     if note := few_classes_note(len(classes)):

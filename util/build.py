@@ -16,7 +16,7 @@ from util.checkpoint import load_strict
 from util.io.checkpoint_file import checkpoint_type, read_checkpoint, weights_of
 from util.io.errors import CheckpointError, UserError
 from util.layers.masking import num_visible_and_predicted
-from util.run.checks import set_mean_std
+from util.run.checks import is_mixing, set_mean_std
 from util.run.ema import with_ema_weights
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def build_pretrain_model(args, attention_backend=None, **sizes) -> nn.Module:
     options |= sizes
     model = build(find_factory(module, "mae_vit_", args.model), args, options, attention_backend)
     kept_mask_ratio = args.kept_mask_ratio if args.cross_mae else args.mask_ratio
+    # For its error: ratios that leave no patch to see or to predict end here, not in training.
     num_visible_and_predicted(model.patch_embed.num_patches, args.mask_ratio, kept_mask_ratio)
     return model
 
@@ -83,7 +84,7 @@ def build_criterion(args, samples):
     Args:
         samples: (path, class index) of every training image.
     """
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+    if is_mixing(args):
         logger.info("Mixup is activated!")
         mixup_fn = Mixup(
             mixup_alpha=args.mixup,
@@ -129,7 +130,7 @@ def find_factory(module, prefix: str, name: str):
 
 
 def load_trained(
-    source: str | Path, attention_backend=None, model_ema: bool = False, **changes
+    source: str | Path, attention_backend=None, model_ema: bool = False, **fallbacks
 ) -> tuple[nn.Module, argparse.Namespace]:
     """Model of a checkpoint in evaluation mode on the CPU, and the arguments it was trained with.
 
@@ -138,7 +139,8 @@ def load_trained(
     Args:
         source: path, https:// or hf:// URL.
         model_ema: the moving average that --model_ema kept, instead of the weights.
-        changes: arguments for what the file does not say, such as model="mae_vit_base_patch16".
+        fallbacks: arguments that count where the file does not say them, such as
+            model="mae_vit_base_patch16".
 
     Raises:
         CheckpointError: the file cannot be read, or does not say which model it holds.
@@ -146,13 +148,13 @@ def load_trained(
     checkpoint = read_checkpoint(source)
     if model_ema:
         checkpoint = with_ema_weights(checkpoint, str(source))
-    return model_of(checkpoint, str(source), attention_backend, **changes)
+    return build_trained(checkpoint, str(source), attention_backend, **fallbacks)
 
 
-def model_of(
-    checkpoint: dict, source: str, attention_backend=None, **changes
+def build_trained(
+    checkpoint: dict, source: str, attention_backend=None, **fallbacks
 ) -> tuple[nn.Module, argparse.Namespace]:
-    """What load_trained returns, of a checkpoint that was read already."""
+    """As load_trained, of a checkpoint that was read already."""
     weights = weights_of(checkpoint, source)
     found = checkpoint_type(weights)
     if found not in ("pre-training", "fine-tuned"):
@@ -161,7 +163,7 @@ def model_of(
             "main_finetune.py is needed."
         )
     is_classifier = found == "fine-tuned"
-    known = {k: v for k, v in changes.items() if v is not None}
+    known = {k: v for k, v in fallbacks.items() if v is not None}
     known |= {k: v for k, v in checkpoint.get("args", {}).items() if v is not None}
     if "model" not in known:
         raise CheckpointError(f"{source} does not say which model it holds; name it with --model.")

@@ -23,21 +23,22 @@ class CastWeights:
     """Call a model with the weights that its `weights_to_cast` names in autocast's dtype.
 
     Models without that method are called as they are, and so is DDP, where all gradients would
-    arrive at the end of backward instead of during it.
+    arrive at the end of backward instead of during it. The weights are listed once, when this is
+    made: compile, freeze and choose what is recomputed before.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.weights = getattr(model, "weights_to_cast", dict)()
+        self.weights = model.weights_to_cast() if hasattr(model, "weights_to_cast") else {}
 
-    def __call__(self, *inputs, **options):
-        """model(*inputs, **options)."""
+    def __call__(self, *args, **kwargs):
+        """model(*args, **kwargs)."""
         weights = list(self.weights.values())
         dtype = product_dtype(weights[0]) if weights else None
         if not weights or dtype == weights[0].dtype:
-            return self.model(*inputs, **options)
+            return self.model(*args, **kwargs)
         casts = dict(zip(self.weights, CastTogether.apply(dtype, *weights), strict=True))
-        return functional_call(self.model, casts, inputs, options, tie_weights=False)
+        return functional_call(self.model, casts, args, kwargs, tie_weights=False)
 
 
 class CastTogether(torch.autograd.Function):

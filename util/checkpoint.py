@@ -18,7 +18,6 @@ from util.io.checkpoint_file import (
     write_checkpoint,
 )
 from util.io.errors import CheckpointError
-from util.io.pretrained import read_pretrained
 from util.optim import load_optimizer
 from util.pos_embed import interpolate_pos_embed
 
@@ -124,16 +123,15 @@ def check_architecture(model: nn.Module, checkpoint: dict, source: str) -> None:
             )
 
 
-def init_from(model: nn.Module, source: str, checkpoint: dict | None = None) -> None:
+def init_from(model: nn.Module, checkpoint: dict, source: str) -> None:
     """--init_from: load the whole encoder, and the decoder if all of it fits.
 
     Args:
-        checkpoint: what read_pretrained(source) gave.
+        source: the file's name, for the log.
 
     Raises:
         CheckpointError: the encoder is not that of the model.
     """
-    checkpoint = checkpoint or read_pretrained(source)
     check_architecture(model, checkpoint, source)
     weights, own = weights_of(checkpoint, source), model.state_dict()
     check_encoder(own, weights)

@@ -5,7 +5,7 @@ from torch import nn
 import models_cross
 import models_mae
 import models_vit
-from util.build import model_of
+from util.build import build_trained
 from util.checkpoint import load_encoder, stored_grid
 from util.io.checkpoint_file import checkpoint_type, read_checkpoint, weights_of
 from util.io.errors import CheckpointError, UserError
@@ -45,7 +45,9 @@ def load_model(kind: str, size: str, weights: str, checkpoint: str, options: dic
         return fill_classifier(factory, options, content, stored, source)
     if options and kind != "classifier":
         raise UserError(f"{', '.join(options)}: the checkpoint decides this; leave it out.")
-    model, args = model_of(content, source, model=size if found == "fine-tuned" else f"mae_{size}")
+    model, args = build_trained(
+        content, source, model=size if found == "fine-tuned" else f"mae_{size}"
+    )
     expected = getattr(MODULES[model.kind], size if found == "fine-tuned" else f"mae_{size}")
     if kind not in (model.kind, "encoder") or getattr(MODULES[model.kind], args.model) != expected:
         raise CheckpointError(

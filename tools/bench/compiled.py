@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from tools.bench.traffic import MATMULS, Traffic
+from tools.bench.traffic import MATMULS, Traffic, storage_id
 from util.layers.vit import compile_model
 
 
@@ -28,7 +28,7 @@ def compile_counted(model: nn.Module, what: str, traffic: Traffic) -> None:
         traffic: tools.bench.traffic.Traffic, the innermost mode while the model is called.
     """
     backend = aot_autograd(
-        fw_compiler=lambda graph, _: count_calls(graph, traffic),
+        fw_compiler=lambda graph, _: compile_to_counter(graph, traffic),
         decompositions=select_decomp_table(),
         partition_fn=min_cut_rematerialization_partition,
     )
@@ -38,7 +38,7 @@ def compile_counted(model: nn.Module, what: str, traffic: Traffic) -> None:
             module._compiled_call_impl = traffic.suspend_in(module._compiled_call_impl)
 
 
-def count_calls(graph: fx.GraphModule, traffic: Traffic):
+def compile_to_counter(graph: fx.GraphModule, traffic: Traffic):
     """A function for the graph that adds its kernels and returns tensors without content."""
     with _disable_current_modes():
         kernels = plan_kernels(graph)
@@ -62,10 +62,6 @@ def empty_view(x: Tensor, storages: dict[int, Tensor]) -> Tensor:
     return base.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
-def storage_id(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
-
-
 def plan_kernels(graph: fx.GraphModule) -> list[tuple[str, int, int]]:
     """(operator, FLOPs, bytes) of the kernels that Inductor plans; its own are named "fused"."""
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -85,11 +81,11 @@ def name_and_flops(kernel) -> tuple[str, int]:
     for node in kernel.node.origins:
         operator = getattr(node.target, "overloadpacket", None)
         if operator and operator.__name__.startswith(MATMULS):
-            return operator.__name__, count_flops(node)
+            return operator.__name__, flops_of(node)
     return "other", 0
 
 
-def count_flops(node: fx.Node) -> int:
+def flops_of(node: fx.Node) -> int:
     """Of a matrix product; 0 for operators that PyTorch's FLOP counter does not know."""
     count = flop_registry.get(node.target.overloadpacket)
     args, kwargs, out = tree_map_only(

@@ -42,8 +42,7 @@ def reference_loss(
         x = encoder_block(block, x)
         if is_cross and i in model.use_fm:
             maps.append(x)
-    decode = cross_decoder if is_cross else mae_decoder
-    pred = decode(model, x, maps, ids_restore, mask)
+    pred = cross_decoder(model, x, maps, mask) if is_cross else mae_decoder(model, x, ids_restore)
 
     target = model.patchify(imgs)
     if model.norm_pix_loss:
@@ -84,7 +83,7 @@ def cross_attention(attn: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return attn.proj(x.transpose(1, 2).reshape(B, N, E))
 
 
-def cross_decoder(model, x: Tensor, maps: list[Tensor], ids_restore: Tensor, mask: Tensor):
+def cross_decoder(model, x: Tensor, maps: list[Tensor], mask: Tensor) -> Tensor:
     """CrossMAE: x (B, 1 + V, D) -> pixels of predicted patches, in raster order (B, P, p*p*C)."""
     if model.weight_fm:
         mixed = model.wfm.linear(torch.stack(maps, dim=-1))  # (B, N, D, K) -> (B, N, D, J)
@@ -101,7 +100,7 @@ def cross_decoder(model, x: Tensor, maps: list[Tensor], ids_restore: Tensor, mas
     return model.decoder_pred(model.decoder_norm(q))
 
 
-def mae_decoder(model, x: Tensor, maps: list[Tensor], ids_restore: Tensor, mask: Tensor) -> Tensor:
+def mae_decoder(model, x: Tensor, ids_restore: Tensor) -> Tensor:
     """MAE: x (B, 1 + V, D) -> pixels of all patches (B, L, p*p*C)."""
     x = model.decoder_embed(model.norm(x))
     num_masked = ids_restore.shape[1] + 1 - x.shape[1]

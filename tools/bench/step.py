@@ -22,7 +22,7 @@ def measure_step(args, device: torch.device, timer: Timer) -> dict:
     """Training step of pre-training on random images."""
     amp_dtype = choose_amp_dtype(args.amp, device)
     model = build_model(args, device)
-    if args.compile:
+    if args.compile:  # before build_losses: CastWeights looks for compiled blocks when it is made
         compile_model(model, args.compile)
     losses = build_losses(model, args, device, amp_dtype)
     loss, _ = losses

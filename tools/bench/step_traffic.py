@@ -39,7 +39,8 @@ def measure_traffic(args, device: torch.device, timer: Timer) -> dict:
         raise UserError("--what traffic does not count --grad_checkpointing; leave it out.")
     # auto: what a GPU would choose
     amp_dtype = {"off": None, "fp16": torch.float16}.get(args.amp, torch.bfloat16)
-    ours, reference = (count_step(args, amp_dtype, which) for which in (0, 1))
+    ours = count_step(args, amp_dtype)
+    reference = count_step(args, amp_dtype, by_reference=True)
     result = {"amp": args.amp.replace("auto", "bf16"), "recompute": args.recompute}
     for name, traffic in (("", ours), ("_reference", reference)):
         result |= {
@@ -59,8 +60,8 @@ def measure_traffic(args, device: torch.device, timer: Timer) -> dict:
     return result | measure_host(args, amp_dtype, timer)
 
 
-def count_step(args, amp_dtype: torch.dtype | None, which: int) -> Traffic:
-    """Traffic of forward and backward: by the model (which = 0) or by the reference (1)."""
+def count_step(args, amp_dtype: torch.dtype | None, by_reference: bool = False) -> Traffic:
+    """Traffic of forward and backward, by the model or by the reference implementation."""
     with torch.device("meta"):
         model = build_model(args, torch.device("meta"))
     num_patches = model.patch_embed.num_patches
@@ -69,12 +70,12 @@ def count_step(args, amp_dtype: torch.dtype | None, which: int) -> Traffic:
     )
     with FakeTensorMode(), Traffic() as traffic, LikeCuda(args.batch_size * num_predicted):
         model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype))
-        if args.compile and which == 0:
+        if args.compile and not by_reference:
             compile_counted(model, args.compile, traffic)
-        loss = build_losses(model, args, CPU, amp_dtype)[which]
+        loss, loss_by_reference = build_losses(model, args, CPU, amp_dtype)
         traffic.reset([*model.parameters(), *model.buffers()])
         with saved_tensors_hooks(traffic.keep, lambda x: x):
-            value = loss()
+            value = loss_by_reference() if by_reference else loss()
         traffic.release()
         value.backward()
     return traffic

@@ -28,14 +28,13 @@ class Traffic(TorchDispatchMode):
         self.bytes = Counter()  # by operator
         self.work: list[tuple[int, int]] = []  # (FLOPs, bytes) of each kernel
         self.kept_bytes = 0
-        self.not_counted = {p.untyped_storage()._cdata for p in parameters}
+        self.not_counted = {storage_id(p) for p in parameters}
         self.kept: dict[int, Tensor] = {}  # by storage; alive, so that no storage is used again
 
     def keep(self, x: Tensor) -> Tensor:
         """Hook for tensors that autograd keeps."""
-        storage = x.untyped_storage()._cdata
-        if storage not in self.not_counted:
-            self.kept.setdefault(storage, x)
+        if storage_id(x) not in self.not_counted:
+            self.kept.setdefault(storage_id(x), x)
         return x
 
     def release(self) -> None:
@@ -61,19 +60,20 @@ class Traffic(TorchDispatchMode):
         self.work.append((flops, num_bytes))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if func.overloadpacket.__name__ == "_foreach_copy_":
+        if name == "_foreach_copy_":
             outputs, inputs = args[0], args[1]
-        if func.is_view or not outputs or is_free(func, inputs, outputs):
+        if func.is_view or not outputs or is_free(func):
             return out
-        if func.overloadpacket.__name__ in ("copy_", "fill_", "zero_"):
+        if name in ("copy_", "fill_", "zero_"):
             inputs = inputs[1:]  # the first one is written only
-        num_bytes = sum(map(touched_bytes, inputs + outputs))
-        count_flops = flop_registry.get(func.overloadpacket)
-        flops = count_flops(*args, **(kwargs or {}), out_val=out) if count_flops else 0
-        self.add(func.overloadpacket.__name__, flops, num_bytes)
+        flops_of = flop_registry.get(func.overloadpacket)
+        flops = flops_of(*args, **kwargs, out_val=out) if flops_of else 0
+        self.add(name, flops, sum(map(touched_bytes, inputs + outputs)))
         return out
 
     @property
@@ -94,7 +94,12 @@ class Traffic(TorchDispatchMode):
         return sum(max(f / flops_per_s, b / bytes_per_s) for f, b in self.work)
 
 
-def is_free(func, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+def storage_id(x: Tensor) -> int:
+    """Of the memory that a tensor shares with its views."""
+    return x.untyped_storage()._cdata
+
+
+def is_free(func) -> bool:
     """Whether nothing is read or written: allocations, aliases, reshapes without a copy."""
     name = func.overloadpacket.__name__
     if name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "alias", "lift")):
@@ -111,7 +116,11 @@ def touched_bytes(x: Tensor) -> int:
 
 
 class LikeCuda(TorchFunctionMode):
-    """LayerNorm under autocast in float32, and boolean masks that select num_selected elements."""
+    """What tensors without data on a CPU need, to be counted as on a GPU.
+
+    LayerNorm under autocast works in float32; a boolean mask, whose content is unknown, selects
+    num_selected elements.
+    """
 
     def __init__(self, num_selected: int):
         super().__init__()

@@ -97,18 +97,26 @@ def list_splits(data_path: str) -> tuple[list[str], list, list]:
 
 
 def evaluate_knn(
-    model: nn.Module, splits, args, which: str, ks: Iterable[int], temperature: float, amp_dtype
+    model: nn.Module,
+    classes: list[str],
+    train: list,
+    val: list,
+    args,
+    *,
+    which: str,
+    ks: Iterable[int],
+    temperature: float,
+    amp_dtype: torch.dtype | None,
 ) -> dict[int, tuple[float, float]]:
     """{k: (Acc@1, Acc@5)} in percent; a k above the number of training images counts as that.
 
     Each rank extracts its part of the images; all of them hold the features of train/.
 
     Args:
-        splits: of list_splits.
+        classes, train, val: of list_splits.
         args: those of the model; images go through its evaluation transform.
         which: "cls", "mean", or "patches" one after the other.
     """
-    classes, train, val = splits
 
     def features(samples, title):
         loader = build_inference_loader(samples, classes, args, split=True)
@@ -116,9 +124,12 @@ def evaluate_knn(
         return ((x.flatten(1), labels) for x, labels in found)
 
     width = model.embed_dim * (model.patch_embed.num_patches if which == "patches" else 1)
-    none = torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)  # for a rank without images
-    parts = [[x.to(args.device) for x in none], *features(train, "kNN train")]
-    bank, labels = (all_gather_rows(torch.cat(part)) for part in zip(*parts, strict=True))
+    empty = (  # a rank without images has this to concatenate
+        torch.zeros(0, width, device=args.device),
+        torch.zeros(0, dtype=torch.int64, device=args.device),
+    )
+    batches = [empty, *features(train, "kNN train")]
+    bank, labels = (all_gather_rows(torch.cat(x)) for x in zip(*batches, strict=True))
     ks = sorted({min(k, len(bank)) for k in ks})
     return measure_knn(bank, labels, features(val, "kNN val"), ks, temperature, len(classes))
 
@@ -138,20 +149,29 @@ class OnlineKnn:
         self.args = args
         if args.knn_every:
             data = localize(args.knn_data, args.shard_cache, "train", "val")
-            self.splits = list_splits(data)
+            self.classes, *self.splits = list_splits(data)
 
     def measure(self, model, epoch: int, amp_dtype, writer=None) -> dict[str, float]:
         """knn_acc1 and knn_acc5 after this epoch, in percent; {} where it is not due."""
         args = self.args
-        is_due = args.knn_every and (epoch + 1) % args.knn_every == 0
-        if not is_due and not (args.knn_every and epoch + 1 == args.epochs):
+        is_last = epoch + 1 == args.epochs
+        if not args.knn_every or ((epoch + 1) % args.knn_every and not is_last):
             return {}
         # --compile is for the shapes of training: whole images would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
-            options = "cls", [ONLINE_K], ONLINE_TEMPERATURE, amp_dtype
-            ((k, accuracies),) = evaluate_knn(model, self.splits, args, *options).items()
-        stats = dict(zip(("knn_acc1", "knn_acc5"), accuracies, strict=True))
-        logger.info("kNN k=%d: Acc@1 %.3f Acc@5 %.3f", k, *stats.values())
+            found = evaluate_knn(
+                model,
+                self.classes,
+                *self.splits,
+                args,
+                which="cls",
+                ks=[ONLINE_K],
+                temperature=ONLINE_TEMPERATURE,
+                amp_dtype=amp_dtype,
+            )
+        ((k, (acc1, acc5)),) = found.items()  # k is smaller where there are fewer training images
+        stats = {"knn_acc1": acc1, "knn_acc5": acc5}
+        logger.info("kNN k=%d: Acc@1 %.3f Acc@5 %.3f", k, acc1, acc5)
         if writer is not None:
             for name, value in stats.items():
                 writer.add_scalar(f"perf/{name}", value, epoch)

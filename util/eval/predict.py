@@ -1,13 +1,18 @@
-"""--predict: classify unlabelled images with a fine-tuned checkpoint."""
+"""--predict: classify unlabeled images with a fine-tuned checkpoint."""
 
+import csv
 import logging
 from pathlib import Path
+
+from torch import nn
 
 from util.build import load_trained
 from util.data.remote import localize
 from util.data.sources import list_images
-from util.eval.report import name_classes, predict_files
+from util.eval.inference import build_inference_loader, run_batches
+from util.eval.report import NAMES
 from util.io.errors import UserError
+from util.io.files import atomic_write
 from util.optim import choose_amp_dtype
 from util.run.output_dir import move_to_previous, prepare_output
 
@@ -38,3 +43,37 @@ def predict(args) -> None:
         classes = name_classes(trained, trained.nb_classes)
         predict_files(model.to(args.device), files, classes, trained, path)
         logger.info("Predictions in %s", path)
+
+
+def name_classes(args, num_classes: int) -> list[str]:
+    """Class names of a checkpoint; class indices if it has none."""
+    names = list(getattr(args, "class_names", None) or [])
+    return names if len(names) == num_classes else [str(k) for k in range(num_classes)]
+
+
+def predict_files(
+    model: nn.Module, files: list[str], classes: list[str], args, out: str | Path
+) -> None:
+    """Write a CSV: file, class, probability, then the next most probable classes, up to five.
+
+    Args:
+        classes: names by class index.
+        args: in_chans, input_size, mean, std; device, amp_dtype, batch_size, num_workers, pin_mem,
+            prefetch.
+    """
+    model.eval()
+    loader = build_inference_loader([(file, 0) for file in files], classes, args)
+    count = min(5, len(classes))
+    header = ["file", "class", "probability"]
+    header += [name for i in range(2, count + 1) for name in (f"class_{i}", f"probability_{i}")]
+    names = iter(files)
+    with atomic_write(out) as tmp_path, open(tmp_path, "w", newline="", **NAMES) as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for logits, _ in run_batches(model, loader, args.device, args.amp_dtype, "predict"):
+            best = logits.softmax(dim=1).topk(count, dim=1)
+            for probs, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                row = [next(names)]
+                for prob, label in zip(probs, labels, strict=True):
+                    row += [classes[label], f"{prob:.6f}"]
+                writer.writerow(row)

@@ -1,14 +1,13 @@
-"""Predictions of a classifier, its confusion matrix and accuracy per class; K classes."""
+"""Confusion matrix of a classifier, and accuracy per class; K classes."""
 
 import csv
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from util.distributed import all_reduce_sum
-from util.eval.inference import build_inference_loader, run_batches
 from util.io.files import atomic_write
 from util.run.output_dir import move_to_previous
 
@@ -19,37 +18,6 @@ REPORT_FILES = ("per_class.csv", "confusion.csv", "confusion.png")
 UNEQUAL = 2  # times as many images in the largest class as in the smallest: worth a note
 # file names that are not UTF-8 are written as they are on disk
 NAMES = dict(encoding="utf-8", errors="surrogateescape")
-
-
-def name_classes(args, num_classes: int) -> list[str]:
-    """Class names of a checkpoint; class indices if it has none."""
-    names = list(getattr(args, "class_names", None) or [])
-    return names if len(names) == num_classes else [str(k) for k in range(num_classes)]
-
-
-def predict_files(
-    model: nn.Module, files: list[str], classes: list[str], args, out: str | Path
-) -> None:
-    """Write a CSV: file, class, probability, then the next most probable classes, up to five.
-
-    Of args are used in_chans, input_size, mean, std; device, amp, batch_size, num_workers.
-    """
-    model.eval()
-    loader = build_inference_loader([(file, 0) for file in files], classes, args)
-    count = min(5, len(classes))
-    header = ["file", "class", "probability"]
-    header += [name for i in range(2, count + 1) for name in (f"class_{i}", f"probability_{i}")]
-    names = iter(files)
-    with atomic_write(out) as tmp_path, open(tmp_path, "w", newline="", **NAMES) as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for logits, _ in run_batches(model, loader, args.device, args.amp_dtype, "predict"):
-            best = logits.softmax(dim=1).topk(count, dim=1)
-            for probs, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                row = [next(names)]
-                for prob, label in zip(probs, labels, strict=True):
-                    row += [classes[label], f"{prob:.6f}"]
-                writer.writerow(row)
 
 
 def report_evaluation(args, confusion: Tensor, classes: list[str]) -> None:

@@ -5,7 +5,6 @@ Shapes: B images, L patches, V visible, P predicted, N tokens, D encoder width, 
 C channels, p patch size.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -94,11 +93,11 @@ class ViTBackbone(nn.Module):
         cls_token = (self.cls_token[0] + self.pos_embed[0, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
-    def run_blocks(self, x: Tensor, num_blocks: int | None = None) -> Iterator[Tensor]:
-        """Output (B, N, D) of each encoder block in turn; of the first num_blocks only."""
-        for block in self.blocks[:num_blocks]:
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D) -> output of the last encoder block (B, N, D)."""
+        for block in self.blocks:
             x = self.run_block(block, x)
-            yield x
+        return x
 
     def run_block(self, block: nn.Module, *inputs) -> Tensor:
         """block(*inputs), through activation checkpointing if that is on."""
@@ -114,12 +113,12 @@ class ViTBackbone(nn.Module):
         if self.grad_checkpointing or any(m._compiled_call_impl for m in self.modules()):
             return {}
         return {
-            f"{prefix}.{name}.{kind}": param
-            for prefix, block in self.named_modules()
+            f"{block_name}.{linear_name}.{param_name}": param
+            for block_name, block in self.named_modules()
             if isinstance(block, Block | CrossAttentionBlock)
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
-            for kind, param in module.named_parameters()
+            for linear_name, linear in block.named_modules()
+            if isinstance(linear, nn.Linear)
+            for param_name, param in linear.named_parameters()
             if param.requires_grad
         }
 
@@ -127,8 +126,8 @@ class ViTBackbone(nn.Module):
         """Choose what backward computes again instead of keeping it.
 
         Args:
-            policy: "none", "gelu" (and the stack of feature maps), "all" (LayerNorm too), or
-                "blocks" (whole blocks).
+            policy: "none"; "gelu": GELU, and the stack of CrossMAE's feature maps; "all": LayerNorm
+                too; "blocks": whole blocks, and that stack.
         """
         self.grad_checkpointing = policy == "blocks"
         for module in self.modules():
@@ -140,7 +139,7 @@ class ViTBackbone(nn.Module):
 
         The output of the last block, normalized where the model has a `norm`.
         """
-        *_, x = self.run_blocks(self.embed(imgs))
+        x = self.run_blocks(self.embed(imgs))
         x = getattr(self, "norm", nn.Identity())(x)
         return Features(x[:, 0], x[:, 1:])
 
@@ -155,7 +154,7 @@ class Encoder(ViTBackbone):
         Args:
             model: whose modules and parameters these are.
         """
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not ViTBackbone's, which would build new blocks
         self.embed_dim = model.embed_dim
         self.cls_token, self.pos_embed = model.cls_token, model.pos_embed
         self.patch_embed, self.blocks = model.patch_embed, model.blocks
@@ -170,7 +169,8 @@ class Encoder(ViTBackbone):
 class MaskedAutoencoder(ViTBackbone):
     """What both pre-training models share: fixed position embeddings, masking, pixel target.
 
-    A subclass adds its tokens and decoder blocks, then calls `add_prediction_head`.
+    A subclass adds its tokens and decoder blocks, then calls `add_prediction_head` and
+    `initialize_weights`.
     """
 
     def __init__(self, decoder_embed_dim: int = 512, norm_pix_loss: bool = False, **backbone):
@@ -184,7 +184,7 @@ class MaskedAutoencoder(ViTBackbone):
         self.norm_pix_loss = norm_pix_loss
 
     def new_token(self, dim: int) -> nn.Parameter:
-        """A token (1, 1, dim), filled by `add_prediction_head`."""
+        """A token (1, 1, dim), filled by `initialize_weights`."""
         return nn.Parameter(torch.zeros(1, 1, dim))
 
     def new_pos_embed(self, dim: int) -> nn.Parameter:
@@ -193,11 +193,14 @@ class MaskedAutoencoder(ViTBackbone):
         return nn.Parameter(pos_embed.unsqueeze(0), requires_grad=False)
 
     def add_prediction_head(self) -> None:
-        """Last layers of the decoder; then initialize the whole model."""
+        """Last layers of the decoder."""
         patch_pixels = self.patch_embed.patch_size**2 * self.patch_embed.proj.in_channels
         self.decoder_norm = self.norm_layer(self.decoder_embed_dim)
         self.decoder_pred = nn.Linear(self.decoder_embed_dim, patch_pixels)
-        self.apply(init_linear)
+
+    def initialize_weights(self) -> None:
+        """Initialize linear layers and tokens; called last, when all of them exist."""
+        self.apply(init_xavier)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -227,7 +230,7 @@ class MaskedAutoencoder(ViTBackbone):
         return unpatchify(patches, self.patch_embed.patch_size, self.patch_embed.grid_size)
 
 
-def init_linear(module: nn.Module) -> None:
+def init_xavier(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases of linear layers, as in the published models."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)  # a fused projection counts as one matrix

@@ -74,7 +74,7 @@ def check_shared(args: argparse.Namespace) -> None:
 
 
 def check_memory(args: argparse.Namespace) -> None:
-    """What is recomputed, and by whom."""
+    """Raises UserError for flags of recomputation and --compile that exclude each other."""
     if args.recompute != "none" and args.grad_checkpointing:
         raise UserError(
             "--grad_checkpointing already recomputes whole blocks: leave out --recompute "
@@ -87,7 +87,7 @@ def check_memory(args: argparse.Namespace) -> None:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """What a run writes, and how it continues."""
+    """Raises UserError for flags of saving, resuming and logging that cannot act."""
     if args.keep_last and not args.keep_every:
         raise UserError("--keep_last needs checkpoint-EPOCH.pth files: give --keep_every too.")
     if args.save_every_minutes and not args.output_dir:
@@ -101,7 +101,7 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Where the images are, and how they are read."""
+    """Raises UserError for flags of the data that cannot act."""
     is_default = args.data_path == IMAGENET_AT_META and not getattr(args, "predict", "")
     if is_default and not os.path.exists(IMAGENET_AT_META):
         raise UserError("--data_path is missing: name the folder of the data.")
@@ -113,6 +113,11 @@ def check_data(args: argparse.Namespace) -> None:
         raise UserError("--shard_cache is for tar files at a URL: leave it out.")
     if args.skip_bad_images and getattr(args, "eval", False):
         raise UserError("--skip_bad_images is for training; --eval counts every image.")
+
+
+def is_mixing(args) -> bool:
+    """Whether mixup or cutmix is on."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def set_mean_std(args: argparse.Namespace) -> None:

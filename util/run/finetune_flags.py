@@ -6,7 +6,7 @@ from functools import partial
 from timm.layers import to_2tuple
 
 from util.io.errors import UserError
-from util.run.checks import check_ranges, check_shared, warn_ignored
+from util.run.checks import check_ranges, check_shared, is_mixing, warn_ignored
 from util.run.flags import add_flag
 
 LINEAR_PROBE = dict(  # defaults of --linear_probe: arXiv 2111.06377, appendix A.1, batch size 16384
@@ -96,11 +96,6 @@ def add_evaluation_flags(flag) -> None:
         "predictions.csv to the output folder"
     )
     flag("--predict", str, "", text, metavar="FOLDER")
-
-
-def is_mixing(args) -> bool:
-    """Whether mixup or cutmix is on."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def check_flags(args, parser) -> None:

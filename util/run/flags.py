@@ -177,12 +177,13 @@ def parse_flags(
         modes: {switch: defaults that it changes}.
     """
     words = expand_config(parser, sys.argv[1:] if argv is None else list(argv))
+    # argparse leaves attributes that a namespace has already: only typed flags replace UNSET.
     unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(words)), UNSET))
     given = {k: v for k, v in vars(parser.parse_args(words, unset)).items() if v is not UNSET}
     for switch, defaults in (modes or {}).items():
         if given.get(switch):
             parser.set_defaults(**defaults)
-    args = parser.parse_args(words)
+    args = parser.parse_args(words)  # again, with the defaults of the modes
     args._given = given.keys()
     args._words = words
     return args

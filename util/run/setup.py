@@ -120,17 +120,24 @@ def describe_fallbacks() -> str:
     return "; ".join(dict.fromkeys(reason.splitlines()[0] for reason in reasons))
 
 
-def log_epoch(args, stats: dict, name: str = "log.txt") -> None:
-    """Append one JSON line to log.txt, or to another file of the output folder, on rank 0;
-    warn if compiled code fell back.
+def append_json(args, entry: dict, name: str) -> None:
+    """Append one JSON line to a file of the output folder, on rank 0.
 
     Raises:
         UserError: it cannot be written.
     """
-    fallbacks = describe_fallbacks()
-    if fallbacks:
-        logger.warning("--compile: parts of the model run uncompiled: %s", fallbacks)
     if args.rank == 0 and args.output_dir:
         path = Path(args.output_dir, name)
         with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(stats) + "\n")
+            file.write(json.dumps(entry) + "\n")
+
+
+def log_epoch(args, stats: dict) -> None:
+    """Append an epoch to log.txt, on rank 0; warn if compiled code fell back.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if fallbacks := describe_fallbacks():
+        logger.warning("--compile: parts of the model run uncompiled: %s", fallbacks)
+    append_json(args, stats, "log.txt")

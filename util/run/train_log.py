@@ -16,7 +16,7 @@ from torch import Tensor
 from util.distributed import all_gather_objects, all_reduce_sum, get_world_size
 from util.io.errors import NonFiniteLoss
 from util.metrics import MetricLogger, SmoothedValue
-from util.run.setup import log_epoch, writing
+from util.run.setup import append_json, writing
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class TrainLog:
             losses = values.tolist()
         norms = to_floats([norm for *_, norm in self.unread])
         for (iteration, lr, own, _), loss, norm in zip(self.unread, losses, norms, strict=True):
-            self.read_one(iteration, lr, loss, norm, own)
+            self.note_iteration(iteration, lr, loss, norm, own)
         self.unread.clear()
 
     def take_requests(self) -> tuple[bool, bool]:
@@ -118,7 +118,9 @@ class TrainLog:
         self.save_requested = self.stop_requested = False
         return requests
 
-    def read_one(self, iteration: int, lr: float, loss: float, norm, own_loss: Tensor) -> None:
+    def note_iteration(
+        self, iteration: int, lr: float, loss: float, norm, own_loss: Tensor
+    ) -> None:
         """Note one iteration: mean loss over the ranks, gradient norm or None, this rank's loss."""
         has_norm = norm is not None and math.isfinite(norm)
         # Under fp16 loss scaling, non-finite gradients are ordinary.
@@ -126,7 +128,8 @@ class TrainLog:
         is_bad = not math.isfinite(loss) or bad_norm
         if is_bad and not self.in_bad_step:  # one optimizer step counts once
             name, value = ("Gradient norm", norm) if math.isfinite(loss) else ("Loss", loss)
-            self.skip(iteration, name, value, self.record(iteration, name, value, own_loss))
+            remedy = self.record_nonfinite(iteration, name, value, own_loss)  # on every rank
+            self.count_skipped(iteration, name, value, remedy)
         self.in_bad_step = (is_bad or self.in_bad_step) and norm is None
         if is_bad:
             return
@@ -135,9 +138,9 @@ class TrainLog:
             self.metrics.update(grad_norm=norm)
         if norm is not None:
             scalars = {self.loss_tag: loss, "lr": lr}
-            self.write(iteration, scalars | ({"grad_norm": norm} if has_norm else {}))
+            self.write_scalars(iteration, scalars | ({"grad_norm": norm} if has_norm else {}))
 
-    def record(self, iteration: int, name: str, value: float, own_loss: Tensor) -> str:
+    def record_nonfinite(self, iteration: int, name: str, value: float, own_loss: Tensor) -> str:
         """Write what --replay needs to nonfinite.jsonl; returns it in words."""
         losses = [float(x) for x in all_gather_objects(own_loss.item())]
         ranks = [rank for rank, x in enumerate(losses) if not math.isfinite(x)]
@@ -145,15 +148,15 @@ class TrainLog:
         entry = {"epoch": self.epoch, "iteration": iteration, "seed": seed, "ranks": ranks}
         entry |= {"world_size": len(losses), "value": f"{name} {value}"}
         if getattr(self.args, "output_dir", ""):
-            log_epoch(self.args, entry, "nonfinite.jsonl")
+            append_json(self.args, entry, "nonfinite.jsonl")
         of_ranks = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
         return (
             f"The {name.lower()}{of_ranks} (seed {seed}) is not finite: "
             f"--replay {self.epoch} {iteration} names the module."
         )
 
-    def skip(self, iteration: int, name: str, value: float, remedy: str) -> None:
-        """Count a step that changed nothing, or stop."""
+    def count_skipped(self, iteration: int, name: str, value: float, remedy: str) -> None:
+        """Count a step that changed nothing; raises NonFiniteLoss above the limit."""
         self.skipped += 1
         where = f"epoch {self.epoch}, iteration {iteration}"
         if self.skipped > self.max_skipped:
@@ -166,17 +169,17 @@ class TrainLog:
             *(name, value, where, self.skipped, self.max_skipped, remedy),
         )
 
-    def write(self, iteration: int, scalars: dict[str, float]) -> None:
+    def write_scalars(self, iteration: int, scalars: dict[str, float]) -> None:
         """Scalars of one iteration; the axis is epoch x 1000 at every batch size.
 
         Raises:
             UserError: TensorBoard's file cannot be written.
         """
         if self.writer is not None:
-            x = int((iteration / len(self.data_loader) + self.epoch) * 1000)
+            epoch_1000x = int((iteration / len(self.data_loader) + self.epoch) * 1000)
             with writing(f"TensorBoard's file in {self.writer.log_dir}"):
                 for tag, value in scalars.items():
-                    self.writer.add_scalar(tag, value, x)
+                    self.writer.add_scalar(tag, value, epoch_1000x)
 
     def finish(self) -> dict[str, float]:
         """Read the rest, log the epoch's lines, return the mean of every meter."""
@@ -194,7 +197,7 @@ class TrainLog:
         if self.loss_scaler.scaler.is_enabled():
             scalars["loss_scale"] = self.loss_scaler.loss_scale
         last = len(self.data_loader) - 1  # the next step is what a resumed run purges
-        self.write(last, scalars)
+        self.write_scalars(last, scalars)
         return metrics.averages() | self.count_replaced()
 
     def count_replaced(self) -> dict[str, int]:
