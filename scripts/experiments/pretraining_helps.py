@@ -34,6 +34,7 @@ class Data(NamedTuple):
     labels: tuple[str, ...]  # per class
     seeds: int
     each_pretrains: bool = False  # each seed its own model; otherwise all take that of seed 0
+    full_flags: str = ""  # of fine-tuning with all labels
     k: int = 20  # of kNN
     features: tuple[str, ...] = ("mean", "cls", "patches")
     every: int = 0  # epochs from one kNN to the next, during pre-training
@@ -78,6 +79,7 @@ DATA = {
         long=(58, 8),
         labels=("1", "5", "20", "100", "all"),
         seeds=3,
+        full_flags="--crop_scale 0.8 1",
         features=("mean", "patches"),
         every=2,
         curve="few",
@@ -156,6 +158,7 @@ class Experiment:
         else:
             schedule = data.long if arm == "scratch, long" else (data.few[0], data.full)
             flags += f" {data.finetune} --epochs {schedule[labels == 'all']}"
+            flags += f" {data.full_flags}" if labels == "all" else ""
             flags += f" --layer_decay {0.65 if arm in ARMS else 1}"
         folder = common.name_folder(self.out, task, arm, labels, seed)
         return common.finetune(flags, folder, self.subset(labels, seed), self.labeled, **pretrained)
