@@ -24,7 +24,7 @@ import pytest
 import torch
 from processes import ROOT
 
-from util.checkpoint import init_from, load_encoder, load_strict
+from util.checkpoint import init_from, load_encoder, load_pretrained, load_strict
 from util.io import download
 from util.io.checkpoint_file import (
     checkpoint_type,
@@ -551,3 +551,15 @@ for url in ("hf://own/repo/evil.pth", "hf://own/repo/none.pth"):
 def test_weights_of_no_known_model_are_not_sent_to_another_flag(tiny_vit):
     with pytest.raises(CheckpointError, match="is a unknown checkpoint.*check the file .*foo"):
         load_strict(tiny_vit(), {"foo": torch.zeros(1)}, "x.pth")
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4, 4, 8), ()])
+def test_a_position_embedding_of_other_dimensions_is_refused(shape, tiny_vit, tiny_cross):
+    weights = tiny_cross().state_dict() | {"pos_embed": torch.zeros(shape)}
+    with pytest.raises(CheckpointError, match="pos_embed is .* in the checkpoint"):
+        load_pretrained(tiny_vit(), {"model": weights}, "c.pth")
+
+
+def test_a_name_that_is_too_long_is_one_line():
+    with pytest.raises(CheckpointError, match="There is no checkpoint file"):
+        read_checkpoint("a" * 300)

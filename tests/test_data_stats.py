@@ -261,3 +261,11 @@ def test_command_line(image_folder):
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert line(result.stdout, "formats") == "JPEG 4, PNG 4"
     assert line(result.stdout, "unreadable") == "0" and len(commands(result.stdout)) == 2
+
+
+def test_negative_means_are_suggested_as_they_are(capsys, tmp_path):
+    random = np.random.RandomState(0)
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", random.normal(-12.5, 3, (40, 40, 2)).astype(np.float32))
+    data_stats.main(data_stats.get_args_parser().parse_args([str(tmp_path), "--num_workers", "0"]))
+    assert "--mean -12." in capsys.readouterr().out

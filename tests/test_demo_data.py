@@ -253,3 +253,11 @@ def test_damaged_file_is_refused(fashion_files):
     path.write_bytes(b"no gzip")
     with pytest.raises(UserError, match="t10k-labels.*--from must name"):
         image_set.load_fashion_mnist(fashion_files)
+
+
+def test_a_damaged_record_and_an_impossible_folder_are_one_line(tmp_path):
+    (tmp_path / "demo_data.json").write_text("")
+    with pytest.raises(UserError, match="is damaged"):
+        demo_data.write_demo_data(tmp_path)
+    with pytest.raises(UserError, match="name another OUT_DIR"):
+        demo_data.write_demo_data(Path("/dev/null/x"))

@@ -144,6 +144,7 @@ INVALID_FLAGS = {
     "--input_size is 0": [main_pretrain, *PRETRAIN, "--input_size", "0"],
     "--log_images logs to": [main_pretrain, *PRETRAIN, "--log_images", "2", "--output_dir", ""],
     "Not started by mpirun": [main_pretrain, *PRETRAIN, "--dist_on_itp"],
+    "--aa rand-m9.5 is not a policy": [main_finetune, *FINETUNE, "--aa", "rand-m9.5"],
     "--aa foo is not a policy": [main_finetune, *FINETUNE, "--aa", "foo"],
     "give one of them": [main_finetune, *FINETUNE, "--eval", "--predict", "x", "--resume", "y"],
     "--clip_grad is 0.0": [main_finetune, *FINETUNE, "--clip_grad", "0"],

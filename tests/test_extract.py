@@ -205,3 +205,11 @@ def test_command_line(image_folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stderr == "" and "8 images of 2 classes" in result.stdout
     assert np.load(tmp_path / "f.npz")["features"].shape == (8, 128)
+
+
+def test_the_list_of_images_is_not_overwritten(image_folder, tmp_path):
+    names = tmp_path / "images.txt"
+    names.write_text(f"{next((image_folder / 'val').rglob('*.png'))}\n")
+    flags = ["--checkpoint", "c.pth", "--data", str(names), "--out", str(tmp_path / "images.npy")]
+    with pytest.raises(UserError, match="would write file names over"):
+        extract.main(extract.get_args_parser().parse_args(flags))

@@ -288,3 +288,18 @@ def test_normalize_equals_the_recipe():
     batch = transforms.functional.pil_to_tensor(image)[None]
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     assert (normalize(batch, mean, std)[0] - recipe(image)).abs().max() <= 1e-6
+
+
+def test_pages_of_several_types_are_refused(tmp_path):
+    """They have no common scale."""
+    first = Image.fromarray(np.full((4, 4), 200, np.uint8))
+    other = Image.fromarray(np.full((4, 4), 40000, np.uint16))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[other])
+    with pytest.raises(BadImage, match="its pages hold uint16 and uint8"):
+        open_image(tmp_path / "a.tif", 2)
+
+
+def test_narrow_arrays_are_refused_as_images_are(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((1, 5000, 3), np.uint8))
+    with pytest.raises(BadImage, match="its sides differ more than 1000x"):
+        open_image(tmp_path / "a.npy")

@@ -7,11 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from processes import FINETUNE, fork_server, read_log, small_images
 
+import main_finetune
 from tools import extract, knn
+from util.data.checks import check_trained_classes
+from util.data.image_io import open_image
 from util.data.labels import find_labels, list_labeled
 from util.data.sources import list_images, list_pretrain_images
+from util.datasets import build_dataset
+from util.eval.knn import list_splits
 from util.io.errors import UserError
 
 
@@ -149,3 +156,39 @@ def test_a_tar_file_beside_class_folders_is_not_the_data(image_folder, tmp_path)
     pack(tmp_path / "train.tar", {"1.png": b""})
     (tmp_path / "a").symlink_to(image_folder / "train" / "a")
     assert find_labels(tmp_path) == list_labeled(tmp_path).classes == ["a"]
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    """Class folders 0..10 in train/, sorted as text, and shards sorted by value in val/."""
+    names = [str(i) for i in range(11)]
+    for i, name in enumerate(names):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / "train" / name / "a.png")
+    members = {}
+    for name in names:
+        members[f"k{name}.png"] = (tmp_path / "train" / name / "a.png").read_bytes()
+        members[f"k{name}.cls"] = name.encode()
+    pack(tmp_path / "val" / "val-0000.tar", members)
+    return tmp_path
+
+
+def test_folders_and_shards_have_one_order_of_classes(mixed):
+    """The red value of an image is 20 times its class's name, in both splits."""
+    classes, train, val = list_splits(mixed)
+    for samples in (train, val):
+        assert {20 * int(classes[label]) for _, label in samples} == set(range(0, 220, 20))
+        for path, label in samples:
+            assert np.asarray(open_image(path))[0, 0, 0] == 20 * int(classes[label])
+
+
+def test_evaluation_has_the_order_of_the_checkpoint(mixed):
+    flags = ["--eval", "--resume", "c.pth", "--data_path", str(mixed), "--input_size", "8"]
+    args = main_finetune.parse_args([*flags, "--mean", "0.5", "--std", "0.5"])
+    args.mean, args.std = [0.5] * 3, [0.5] * 3
+    order = [str(i) for i in reversed(range(11))]
+    check_trained_classes(args, {"model": {"head.bias": torch.zeros(11)}, "class_names": order})
+    dataset = build_dataset(False, args)
+    assert dataset.classes == order
+    for path, label in dataset.samples:
+        assert np.asarray(open_image(path))[0, 0, 0] == 20 * int(order[label])

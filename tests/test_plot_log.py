@@ -219,3 +219,11 @@ def test_vector_formats(tmp_path, suffix, start):
 def test_other_formats_are_refused_before_reading(tmp_path):
     with pytest.raises(UserError, match="curves.jpg; it must end in .png, .pdf, .svg"):
         draw("curves.jpg", tmp_path / "nowhere")
+
+
+def test_a_run_named_twice_is_one_run(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/log.txt").write_text('{"train_loss": 1.0, "epoch": 0}\n')
+    flags = [str(tmp_path / "a"), str(tmp_path / "a/log.txt"), "--out", str(tmp_path / "a.png")]
+    plot_log.main(plot_log.get_args_parser().parse_args(flags))
+    assert (tmp_path / "a.png").stat().st_size

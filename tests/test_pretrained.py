@@ -20,7 +20,7 @@ import main_finetune
 import main_pretrain
 from util.checkpoint import init_from, load_pretrained
 from util.io import pretrained
-from util.io.errors import UserError
+from util.io.errors import CheckpointError, UserError
 from util.io.pretrained import read_pretrained
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
@@ -336,3 +336,13 @@ print(len(checkpoint["model"]), checkpoint["args"]["mean"])
             )
     finally:
         server.shutdown()
+
+
+@pytest.mark.parametrize("options", [{"checkpoint_path": "x.bin"}, {"pretrained": True}, [1]])
+def test_model_args_describe_a_model_only(options, tmp_path):
+    """timm would open the file, or ask the network."""
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": options}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"cls_token": torch.zeros(1, 1, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="has model_args that are not read"):
+        read_pretrained(str(tmp_path))

@@ -424,3 +424,11 @@ def test_the_flag_acts_or_is_refused(tmp_path, shards):
         tmp_path,
     )
     assert run.wait(60) == 1 and "--shard_cache is for tar files at a URL" in run.text()
+
+
+def test_a_copy_that_left_the_source_is_not_trained_on(bucket, tmp_path):
+    url = "memory://bucket/train"
+    local = Path(localize(url, tmp_path, ""))
+    (local / "part-0009.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="part-0009.tar is not at memory://bucket/train any more"):
+        localize(url, tmp_path, "")

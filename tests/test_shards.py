@@ -207,3 +207,47 @@ def test_tar_files_beside_images_are_refused(image_folder, tmp_path):
         add(tar, "a.png", b"")
     with pytest.raises(ValueError, match="holds tar files and images"):
         list_pretrain_images(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("kind", [b"L", b"x"])
+def test_a_header_that_claims_terabytes_is_one_line(kind, tmp_path):
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 2**46
+    (tmp_path / "s.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    with pytest.raises(UserError, match="Cannot read the shard"):
+        read_shards(str(tmp_path / "s.tar"))
+
+
+def test_a_shard_that_disappears_is_a_bad_image(folders, tmp_path):
+    shard = tmp_path / "s.tar"
+    add_one(shard)
+    ((member, _),) = read_shards(str(shard))
+    for damage in (lambda: shard.write_bytes(b""), shard.unlink):
+        damage()
+        with pytest.raises(BadImage, match=r"s\.tar at byte 0"):
+            open_image(member)
+
+
+def test_an_empty_folder_named_as_a_shard(tmp_path):
+    (tmp_path / "x.tar").mkdir()
+    with pytest.raises(UserError, match="There is no image in the 0 shards"):
+        read_shards(str(tmp_path / "x.tar"))
+
+
+def test_names_with_their_count_are_one_kind(tmp_path):
+    for i in range(2):
+        add_one(tmp_path / f"train-{i:05d}-of-00002.tar")
+    assert len(read_shards(str(tmp_path))) == 2
+
+
+def test_a_file_with_braces_in_its_name(tmp_path):
+    add_one(tmp_path / "a{1}.tar")
+    assert len(read_shards(str(tmp_path / "a{1}.tar"))) == 1
+
+
+def add_one(shard) -> None:
+    """A shard with one image."""
+    data = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(data, "png")
+    with tarfile.open(shard, "w") as tar:
+        add(tar, "a.png", data.getvalue())

@@ -1,5 +1,7 @@
 """16-bit grayscale images: no level is lost between the file, training and the figures."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ import main_finetune
 import main_pretrain
 from tools import visualize
 from util.data.image_io import open_8_bit, open_image, read_image
+from util.data.stats import inspect
+from util.datasets import prepare_reading
 from util.io.errors import BadImage
 from util.vis.figures import choose_windows, to_rgb, windows_note
 
@@ -128,3 +132,18 @@ def test_reconstructions_say_their_window(capsys, tmp_path):
     visualize.main(visualize.get_args_parser().parse_args([str(x) for x in flags]))
     assert out.stat().st_size > 10_000
     assert "between percentiles" in out.read_text()
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("num_pages", [2, 3])
+def test_first_pages_of_16_bits_are_noticed(in_chans, num_pages, tmp_path):
+    """Of TIFF files with several pages, 1, 3 and 4 channels take the first page."""
+    first, *others = (Image.fromarray(draw_values(i)) for i in range(num_pages))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=others)
+    samples = [(str(tmp_path / "a.tif"), 0)]
+    args = Namespace(in_chans=in_chans, mean=[0.5] * in_chans, std=[0.5] * in_chans)
+    assert prepare_reading(samples, args)
+    stats = inspect(samples[0][0], first_page=True)
+    assert stats.mode == "I;16" and len(stats.mean) == 1
+    assert stats.mean[0] == pytest.approx(draw_values(0).mean() / 65535, rel=1e-5)
+    assert isinstance(inspect(samples[0][0]), type(stats))  # as data_stats describes it

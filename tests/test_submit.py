@@ -37,6 +37,14 @@ def test_command_of_a_process(tmp_path):
     assert submit.build_command(parse(*start, "main_finetune.py", *own))[3:] == own
 
 
+def test_output_and_resume_of_a_config_stay(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("output_dir: /shared/run\nresume: /shared/old.pth\n")
+    flags = ["--config", str(file)]
+    args = parse("--job_dir", tmp_path, "main_pretrain.py", *flags)
+    assert submit.build_command(args)[3:] == flags
+
+
 def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
     for words, text in (
         (["main.py"], "invalid choice: 'main.py'"),

@@ -192,7 +192,8 @@ def get_args_parser() -> FlagParser:
 def main(args: argparse.Namespace) -> None:
     if args.compile and args.what not in ("step", "traffic"):
         raise UserError(f"--compile is for --what step and traffic, not for {args.what}.")
-    check_ranges(args, dict.fromkeys(("repeats", "steps", "batch_size"), "[1, inf)"))
+    counts = ("repeats", "steps", "batch_size", "threads", "input_size", "decoder_depth")
+    check_ranges(args, dict.fromkeys(counts, "[1, inf)"))
     check_memory(args)
     device = choose_device(args.device, 0)
     if args.threads:

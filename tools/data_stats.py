@@ -146,7 +146,8 @@ def channel_flags(stats: list[ImageStats]) -> list[str]:
     defaults = imagenet if len(mean) == 3 else ([0.5] * len(mean),) * 2
     for flag, values, default in zip(("--mean", "--std"), (mean, std), defaults, strict=True):
         if max(abs(a - b) for a, b in zip(values, default, strict=True)) > TOLERANCE:
-            texts = [f"{x:.3f}" if x >= 0.1 else f"{max(x, 1e-5):.3g}" for x in values]
+            values = [max(x, 1e-5) for x in values] if flag == "--std" else values
+            texts = [f"{x:.3f}" if abs(x) >= 0.1 else f"{x:.3g}" for x in values]
             flags += [flag, *(texts[:1] if len(set(texts)) == 1 else texts)]
     return flags
 

@@ -31,7 +31,6 @@ with the same settings writes nothing; a folder with other content is refused.
 
 import argparse
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -49,6 +48,7 @@ from tools.formats.image_set import (
     name_files,
 )
 from util.io.errors import UserError
+from util.io.files import link_or_copy
 from util.run.checks import check_ranges
 from util.run.flags import FlagParser, add_flag
 from util.run.launch import launch
@@ -110,7 +110,10 @@ def is_complete(out_dir: Path, settings: dict) -> bool:
                 "name a new folder, or empty this one."
             )
         return False
-    found = json.loads(record.read_text())
+    try:
+        found = json.loads(record.read_text())
+    except ValueError as error:
+        raise UserError(f"{record} is damaged: delete {out_dir} and start again.") from error
     if found.get("settings") != settings:
         raise UserError(
             f"{out_dir} was written with other settings ({found.get('settings')} instead of "
@@ -154,7 +157,12 @@ def write_demo_data(
     split = {"train": range(data.num_train), "val": val, "few/train": few, "few/val": val}
     counts = {folder: len(indices) for folder, indices in split.items()}
     state = {"settings": settings, "images": counts}
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot make {out_dir} ({error.strerror}); name another OUT_DIR."
+        ) from error
     record.write_text(json.dumps(state | {"complete": False}) + "\n")
     for folder, indices in split.items():
         for index in indices:
@@ -163,7 +171,7 @@ def write_demo_data(
             path.parent.mkdir(parents=True, exist_ok=True)
             if folder.startswith("few"):
                 path.unlink(missing_ok=True)
-                os.link(out_dir / folder.removeprefix("few/") / name, path)
+                link_or_copy(out_dir / folder.removeprefix("few/") / name, path)
             else:
                 write_image(data.images[index], path, image_size)
     record.write_text(json.dumps(state | {"complete": True}) + "\n")

@@ -159,6 +159,7 @@ def write_onnx(model: nn.Module, trained, args) -> None:
     program = trace_onnx(network, example_images(model, 2), names)
     program.model.metadata_props.update(describe(model, trained))
     if sum(p.numel() * p.element_size() for p in model.parameters()) > SINGLE_FILE_LIMIT:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(args.out), external_data=True)  # the graph holds the second file's name
     else:
         with atomic_write(args.out) as tmp_path:

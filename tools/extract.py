@@ -99,9 +99,16 @@ def write_npy(path: Path, batches, shape: tuple[int, ...], names: list[str]) -> 
                 file.write(np.ascontiguousarray(batch.cpu().numpy(), "<f4").data)
 
 
+def refuse_overwriting(names: Path, sources: list[str]) -> None:
+    """Raises UserError where the file of names would replace a list that was named."""
+    if names.exists() and any(Path(x).exists() and names.samefile(x) for x in sources):
+        raise UserError(f"--out would write file names over {names}: choose another name.")
+
+
 def main(args: argparse.Namespace) -> None:
     if args.out.suffix not in (".npz", ".npy"):
         raise UserError(f"--out {args.out} must end in .npz, or in .npy for large sets.")
+    refuse_overwriting(args.out.with_suffix(".txt"), args.data)
     images = list_images_with_labels(args.data)
     model, trained, which = load_for_inference(args)
     loader = build_inference_loader(images.samples, images.classes, trained)

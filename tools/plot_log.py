@@ -178,6 +178,7 @@ def draw_panel(axes: Axes, curves: dict[str, Curve], styles: dict[str, dict]) ->
 
 def main(args: argparse.Namespace) -> None:
     check_format(args.out)
+    args.runs = list({find_log(run).resolve(): run for run in args.runs}.values())
     names = name_runs(args.runs)
     logs = {name: read_log(source) for name, source in zip(names, args.runs, strict=True)}
     kinds = [read_loss_kind(*run) for run in zip(args.runs, logs.values(), strict=True)]

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run by its 
 
 from util.io.errors import UserError
 from util.run.checks import check_ranges
-from util.run.flags import FlagParser, add_flag
+from util.run.flags import FlagParser, add_flag, parse_flags
 from util.run.job import Training
 from util.run.launch import launch
+from util.run.output_dir import make_writable
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def build_command(args: argparse.Namespace) -> list[str]:
     """The command of each process; its flags are those of the script's own parser."""
     flags = args.flags[1:] if args.flags[:1] == ["--"] else list(args.flags)
     parser = importlib.import_module(Path(args.script).stem).get_args_parser()
-    given = vars(parser.parse_args(flags))
+    given = vars(parse_flags(parser, flags))
     if given["output_dir"] == parser.get_default("output_dir"):
         flags += ["--output_dir", str(args.job_dir.resolve())]
     if not given["resume"]:
@@ -76,6 +77,7 @@ def main(args: argparse.Namespace):
     import submitit
 
     command = build_command(args)
+    make_writable(args.job_dir, "job_dir")
     # The job imports util.run.job, wherever it starts.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     options = {f"{args.cluster}_max_num_timeout": args.max_timeouts}

@@ -79,7 +79,7 @@ def load_images(sources: list[str], count: int, args: argparse.Namespace) -> Ten
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for a flag that is out of range or would not act."""
     check_format(args.out)
-    check_ranges(args, dict(num_images="[1, inf)", num_patches="[1, inf)"))
+    check_ranges(args, dict(num_images="[1, inf)", num_patches="[1, inf)", seed="[0, 4294967295]"))
     if args.weights:
         for name in ("images", "mask_ratio", "kept_mask_ratio"):
             if getattr(args, name):

@@ -77,6 +77,7 @@ def load_pretrained(model: nn.Module, checkpoint: dict, source: str) -> None:
     for name in [name for name in weights if name.startswith("head.")]:
         logger.info("Removing key %s from pretrained checkpoint", name)
         del weights[name]
+    check_encoder(model.state_dict(), weights, skip=("pos_embed",))
     load_encoder(model, weights, stored_grid(checkpoint, weights, model.patch_embed.patch_size))
 
 
@@ -94,7 +95,9 @@ def stored_grid(checkpoint: dict, weights: dict, patch_size: int) -> tuple[int, 
 def check_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], skip=()) -> None:
     """Raises CheckpointError unless every encoder tensor is present in the right shape."""
     for name, value in own.items():
-        if not name.startswith(ENCODER_PARTS) or name in skip:
+        if not name.startswith(ENCODER_PARTS):
+            continue
+        if name in skip and (name not in weights or weights[name].ndim == value.ndim):
             continue
         if name not in weights:
             raise CheckpointError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from util.data.image_io import PIL_MODES, is_array, open_8_bit, open_image, read_image
-from util.data.labels import list_labeled
+from util.data.labels import list_labeled, order_classes
 from util.data.shards import ShardSamples
 from util.data.sources import evenly_spaced, list_pretrain_images
 from util.data.stats import MODE_16_BIT, ImageStats, inspect, levels_note
@@ -106,7 +106,8 @@ def build_pretrain_dataset(args) -> ImageDataset:
 def build_dataset(is_train: bool, args) -> ImageDataset:
     """Images of fine-tuning or evaluation, of DATA/train or DATA/val, with labels."""
     folder = Path(args.data_path, "train" if is_train else "val")
-    samples, classes, _ = list_labeled(folder)
+    images = list_labeled(folder)
+    samples, classes, _ = order_classes(images, getattr(args, "_classes", images.classes))
     are_tensors = prepare_reading(samples, args)
     if is_train and are_tensors:
         transform = build_array_transform(args)
@@ -127,7 +128,7 @@ def prepare_reading(samples, args) -> bool:
     if has_arrays(samples, args.in_chans):
         return True
     check_scale(args)
-    found = [inspect(path) for path, _ in evenly_spaced(samples, NUM_INSPECTED)]
+    found = [inspect(path, True) for path, _ in evenly_spaced(samples, NUM_INSPECTED)]
     stats = [s for s in found if isinstance(s, ImageStats)]
     if note := levels_note(stats):
         logger.info("Warning: %s", note)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from util.data.labels import check_same_classes, find_labels
 from util.data.transforms import build_transform
+from util.io.checkpoint_file import weights_of
 from util.io.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ def check_augmentation(args) -> None:
         raise UserError("--aa and --color_jitter work on 3 channels; leave them out (--aa '').")
     try:
         build_transform(True, args)
-    except AssertionError as error:  # timm's answer to an unknown policy
+    except (AssertionError, ValueError) as error:  # timm's answers to an unknown policy
         raise UserError(
             f"--aa {args.aa} is not a policy of timm; {DEFAULT_POLICY}, augmix-m5-w4-d2 and "
             "original-mstd0.5 are, '' is none."
@@ -33,12 +34,19 @@ def check_augmentation(args) -> None:
 
 
 def check_trained_classes(args, checkpoint: dict) -> None:
-    """Raises UserError if checkpoint and data have different classes, as far as it names them."""
+    """Take the order of the classes from a checkpoint, as far as it names them.
+
+    Raises:
+        UserError: checkpoint and data have different classes.
+    """
     names = find_labels(Path(args.data_path, "val"))
-    head = checkpoint.get("model", {}).get("head.bias")
-    trained_on = checkpoint.get("class_names") or names
-    count = len(trained_on) if head is None or trained_on is not names else len(head)
-    if list(trained_on) != names or count != len(names):
+    head = weights_of(checkpoint, args.resume).get("head.bias")
+    trained_on = list(checkpoint.get("class_names") or names)
+    count = len(trained_on)
+    if not checkpoint.get("class_names") and head is not None:
+        count = head.numel()
+    args._classes = trained_on
+    if set(trained_on) != set(names) or count != len(names):
         mismatched = ", ".join(sorted(set(trained_on) ^ set(names))[:3])
         raise UserError(
             f"{args.resume} was trained on {count} classes, {args.data_path} has {len(names)}"
@@ -48,7 +56,7 @@ def check_trained_classes(args, checkpoint: dict) -> None:
 
 
 def check_classes(args) -> None:
-    """Compare the classes of train/ and val/, and set or check --nb_classes.
+    """Compare the classes of train/ and val/, choose their order, and set or check --nb_classes.
 
     Looks at folder names or the index of shards only, so it is quick for a million images.
 
@@ -59,6 +67,7 @@ def check_classes(args) -> None:
     classes, *others = (find_labels(Path(args.data_path, split)) for split in splits)
     for other in others:
         check_same_classes(args.data_path, classes, other)
+    args._classes = classes
     if args.nb_classes is None:
         args.nb_classes = len(classes)
     elif args.nb_classes != len(classes):

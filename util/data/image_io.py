@@ -161,14 +161,17 @@ def gray_to_tensor(array: np.ndarray, in_chans: int) -> Tensor:
 
 
 def stack_pages(img: Image.Image) -> np.ndarray:
-    """All pages of an image file stacked as channels, (H, W, C); ValueError if they differ in size
-    or have a mode without plain values.
+    """All pages of an image file stacked as channels, (H, W, C); ValueError if they differ in size,
+    in type, or have a mode without plain values.
     """
     pages = []
     for page in ImageSequence.Iterator(img):
         if page.mode not in PAGE_MODES:
             raise ValueError(f"its mode {page.mode} has no plain values; store it as .npy")
         pages.append(np.asarray(page).reshape(page.height, page.width, -1))
+    types = sorted({str(page.dtype) for page in pages})
+    if len(types) > 1:
+        raise ValueError(f"its pages hold {' and '.join(types)}; store it as .npy")
     return np.concatenate(pages, axis=2)
 
 
@@ -180,6 +183,7 @@ def to_tensor(array: np.ndarray, in_chans: int) -> Tensor:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] != in_chans or 0 in array.shape:
         raise ValueError(f"its shape is {array.shape}, --in_chans {in_chans} needs (H, W, C)")
+    check_aspect(*array.shape[:2])
     largest = {"u1": 255, "u2": 65535, "f2": 1, "f4": 1, "f8": 1}.get(array.dtype.str[1:])
     if largest is None:
         raise ValueError(f"it holds {array.dtype}; use uint8, uint16 or float32")

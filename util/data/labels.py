@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 from util.data.shard_names import is_shards
+from util.data.shards import ShardSamples
 from util.data.sources import (
     ImageList,
     find_classes,
@@ -50,6 +51,21 @@ def list_labeled_shards(folder: str) -> ImageList:
             "needed here: pack KEY.cls beside each image, or CLASS/KEY.jpg."
         )
     return images
+
+
+def order_classes(images: ImageList, classes: list[str]) -> ImageList:
+    """The same images with the labels of `classes`: the same names in another order.
+
+    Class folders are sorted as text, numbers in KEY.cls by value.
+    """
+    if images.classes == classes:
+        return images
+    labels = [classes.index(name) for name in images.classes]  # new by old
+    if isinstance(images.samples, ShardSamples):
+        samples = images.samples.relabel(classes, labels)
+    else:
+        samples = [(path, labels[label]) for path, label in images.samples]
+    return ImageList(samples, classes, images.description)
 
 
 def check_same_classes(data_path: str, train: list[str], val: list[str]) -> None:

@@ -58,12 +58,21 @@ def localize(source: str, cache: str | None, *parts: str, any_part: bool = False
             shards = [Shard(url, Path(path)) for url, path in zip(urls, copies, strict=True)]
         else:
             shards = list_folder_shards(file_system, source, local, parts, any_part)
+            refuse_others(shards, source)
         with locked(Path(cache), stop):
             copy_missing(file_system, shards, Path(cache), stop)
 
     run_together(copy)
     logger.info("%s is read from its copy %s", source, local)
     return str(local)
+
+
+def refuse_others(shards: list[Shard], source: str) -> None:
+    """Raises UserError for shards beside the copies that are not at the source any more."""
+    copies = {shard.local for shard in shards}
+    for folder in sorted({copy.parent for copy in copies}):
+        for path in sorted(set(folder.glob("[!.]*.tar")) - copies):
+            raise UserError(f"{path} is not at {source} any more; delete this copy.")
 
 
 def run_together(work: Callable[[threading.Event], None]) -> None:

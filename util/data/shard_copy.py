@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from util.io.errors import UserError, one_line
 from util.io.files import atomic_write, remove_temporary_files
+
+logger = logging.getLogger(__name__)
 
 CONNECTIONS = 16  # that ask for sizes at once
 POLL_SECONDS = 0.5
@@ -48,6 +51,9 @@ def locked(folder: Path, stop: threading.Event) -> Iterator[None]:
             except (BlockingIOError, PermissionError):
                 if stop.wait(POLL_SECONDS):
                     raise
+            except OSError as error:
+                logger.warning("Cannot lock %s (%s)", folder, error.strerror)
+                break
         yield
 
 

@@ -55,7 +55,7 @@ def check_kinds(source: str, paths: list[str], is_folder: bool) -> None:
     compressed = [path for path in paths if path.endswith(COMPRESSED)]
     if compressed:
         raise UserError(f"{compressed[0]} is compressed, which has no random access; unpack it.")
-    kinds = sorted({re.sub(r"[\d._-]*\.tar$", "", Path(path).name) for path in paths})
+    kinds = sorted({re.sub(r"([\d._-]+of)?[\d._-]*\.tar$", "", Path(path).name) for path in paths})
     if is_folder and len(kinds) > 1:
         raise UserError(
             f"{source} holds shards of several kinds ({', '.join(kinds[:3])}); name those to use, "
@@ -65,6 +65,8 @@ def check_kinds(source: str, paths: list[str], is_folder: bool) -> None:
 
 def expand(pattern: str) -> list[str]:
     """The paths of a brace pattern: {0000..0003} counts, {a,b} lists."""
+    if os.path.isfile(pattern):
+        return [pattern]
     parts = re.split(r"\{([^{}]*)\}", pattern)  # outside, inside, outside, ...
     choices = [expand_braces(part) if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(words) for words in itertools.product(*choices)]

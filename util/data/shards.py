@@ -22,6 +22,10 @@ INDEX_ENTRY = np.dtype(  # shard index, then offsets and size in bytes
     [("shard", "i4"), ("header", "i8"), ("data", "i8"), ("size", "i8"), ("is_array", "?")]
     + [("label", "i4")]
 )
+INDEX_ERRORS = (  # what tarfile raises on damaged files
+    *(OSError, tarfile.TarError, ValueError, LookupError, ArithmeticError),
+    *(MemoryError, RecursionError),
+)
 MAX_LABEL = 200  # bytes of a KEY.cls member that are read
 
 
@@ -41,9 +45,12 @@ class ShardMember(NamedTuple):
             return io.BytesIO(file.read(self.size))
 
     def __str__(self) -> str:
-        with open(self.shard, "rb") as file:
-            file.seek(self.header)
-            return f"{self.shard}:{tarfile.open(fileobj=file, mode='r:').next().name}"
+        try:
+            with open(self.shard, "rb") as file:
+                file.seek(self.header)
+                return f"{self.shard}:{tarfile.open(fileobj=file, mode='r:').next().name}"
+        except (OSError, tarfile.TarError, AttributeError):  # it changed since it was indexed
+            return f"{self.shard} at byte {self.header}"
 
 
 class ShardIndex(NamedTuple):
@@ -78,6 +85,12 @@ class ShardSamples(Sequence):
         shard, *location, label = self.index[index].item()
         return ShardMember(self.paths[shard], *location), label
 
+    def relabel(self, classes: list[str], labels: list[int]) -> "ShardSamples":
+        """The same images with other class names; labels are the new ones by the old."""
+        index = self.index.copy()
+        index["label"] = np.array(labels)[index["label"]]
+        return ShardSamples(self.paths, index, classes, self.unlabeled)
+
     @property
     def has_arrays(self) -> bool:
         """Whether any image is a NumPy array."""
@@ -100,11 +113,11 @@ def read_shards(source: str) -> ShardSamples:
     classes, unlabeled = merge_labels(paths, shards)
     for number, shard in enumerate(shards):
         shard.images["shard"] = number
-    images = np.concatenate([shard.images for shard in shards])
-    if not len(images):
+    if not any(len(shard.images) for shard in shards):
         raise UserError(
             f"There is no image in the {len(paths)} shards of {source}; check the pattern."
         )
+    images = np.concatenate([shard.images for shard in shards])
     return ShardSamples(paths, images, classes, unlabeled)
 
 
@@ -137,7 +150,7 @@ def try_index(path: str) -> ShardIndex | str:
     """Index of one shard, or why it cannot be read."""
     try:
         return index_shard(path)
-    except (OSError, tarfile.TarError, ValueError, LookupError, ArithmeticError) as error:
+    except INDEX_ERRORS as error:
         return getattr(error, "strerror", None) or one_line(error)
 
 

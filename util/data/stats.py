@@ -30,17 +30,22 @@ class ImageStats(NamedTuple):
     is_gray: bool  # all channels are equal
 
 
-def inspect(path) -> ImageStats | str:
-    """Decode one file or shard member as training does; returns the reason where that fails."""
+def inspect(path, first_page: bool = False) -> ImageStats | str:
+    """Decode one file or shard member as training does; returns the reason where that fails.
+
+    Args:
+        first_page: read the first page of a multi-page TIFF, as for 1, 3 or 4 channels; else all of
+            them as channels, unless they are 1, 3 or 4 together.
+    """
     try:
         with image_io.raising_bad_image(path), image_io.open_bytes(path) as file:
-            file_format, mode, channels = read_header(file, image_io.is_array(path))
+            file_format, mode, channels = read_header(file, image_io.is_array(path), first_page)
         if channels in image_io.PIL_MODES and file_format != "NPY" and mode != MODE_16_BIT:
             pixels, scale = image_io.read_image(path, channels), 255
         else:
             pixels, scale = image_io.open_image(path, channels), 1
     except BadImage as error:
-        return image_io.describe_error(error.__cause__)
+        return image_io.describe_error(error.__cause__ or error)
     height, width = pixels.shape[1:]
     mean, mean_square = [], []
     for values in (channel.double() / scale for channel in pixels):
@@ -52,17 +57,19 @@ def inspect(path) -> ImageStats | str:
     return ImageStats(file_format, mode, width, height, mean, mean_square, *extent, is_gray)
 
 
-def read_header(file, is_array: bool) -> tuple[str, str, int]:
+def read_header(file, is_array: bool, first_page: bool) -> tuple[str, str, int]:
     """Format, mode (or dtype), and the number of channels to read an image with."""
     if is_array:
         array = np.lib.format.read_array(file)
         return "NPY", str(array.dtype), array.shape[2] if array.ndim == 3 else 1
     with Image.open(file, formats=image_io.FORMATS) as img:
         mode = MODE_16_BIT if image_io.is_16_bit(img) else img.mode
-        if img.format == "TIFF" and img.n_frames > 1:
+        own_channels = 1 if mode.startswith(GRAY_MODES) else 4 if mode == "RGBA" else 3
+        if img.format == "TIFF" and img.n_frames > 1 and not first_page:
             channels = sum(len(page.getbands()) for page in ImageSequence.Iterator(img))
-            return "TIFF", f"{img.n_frames} pages {mode}", channels
-        return img.format, mode, 1 if mode.startswith(GRAY_MODES) else 4 if mode == "RGBA" else 3
+            if channels not in image_io.PIL_MODES:
+                return "TIFF", f"{img.n_frames} pages {mode}", channels
+        return img.format, mode, own_channels
 
 
 def channel_mean_std(stats: list[ImageStats]) -> tuple[list[float], list[float]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.data.labels import check_same_classes, list_labeled
+from util.data.labels import check_same_classes, list_labeled, order_classes
 from util.data.remote import localize
 from util.distributed import all_gather_rows, all_reduce_sum
 from util.eval.inference import build_inference_loader, run_features
@@ -93,7 +93,7 @@ def list_splits(data_path: str) -> tuple[list[str], list, list]:
     """
     train, val = (list_labeled(Path(data_path, split)) for split in ("train", "val"))
     check_same_classes(data_path, train.classes, val.classes)
-    return train.classes, train.samples, val.samples
+    return train.classes, train.samples, order_classes(val, train.classes).samples
 
 
 def evaluate_knn(

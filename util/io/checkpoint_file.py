@@ -8,6 +8,7 @@ the file.
 import argparse
 import json
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -39,9 +40,9 @@ def read_checkpoint(source: str | Path) -> dict:
         CheckpointError: the file is missing, damaged, not a checkpoint, or holds anything else.
     """
     path = Path(fetch(str(source)))
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(f"{path} is a folder; name a checkpoint in it, as checkpoint.pth.")
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"There is no checkpoint file {path}; check the path.")
     size = path.stat().st_size
     try:

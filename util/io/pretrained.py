@@ -16,6 +16,10 @@ from util.io.transformers_names import from_transformers
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 MODEL_TYPES = ("vit", "vit_mae", "beit")
+MODEL_ARGS = set(  # of a plain ViT of timm
+    "img_size patch_size in_chans num_classes embed_dim depth num_heads mlp_ratio qkv_bias "
+    "global_pool class_token fc_norm final_norm drop_rate drop_path_rate dynamic_img_size".split()
+)
 TIMM_NAMES = ("cls_token", "pos_embed", "patch_embed.proj.", "norm.", "fc_norm.", "head.")
 IN_BLOCK = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -58,7 +62,7 @@ def read_folder(folder: Path, source: str) -> dict:
         )
     weights = weights_of(read_checkpoint(files[0]), source)
     if is_timm:
-        options = config.get("model_args") or {}
+        options = read_model_args(config, source)
         model = create_timm(config["architecture"], source, **options | {"num_classes": 0})
         return timm_checkpoint(model, weights, config.get("pretrained_cfg") or {}, source)
     if config.get("hidden_act", "gelu") != "gelu":
@@ -76,6 +80,22 @@ def read_folder(folder: Path, source: str) -> dict:
         depth=config.get("num_hidden_layers", 12), num_heads=config.get("num_attention_heads", 12)
     )
     return {"model": from_transformers(weights, source), "args": args, "encoder": encoder}
+
+
+def read_model_args(config: dict, source: str) -> dict:
+    """timm's `model_args` of a config.json; only what describes a ViT, so that none opens a file.
+
+    Raises:
+        CheckpointError: it holds anything else.
+    """
+    options = config.get("model_args") or {}
+    unknown = sorted(set(options) - MODEL_ARGS) if isinstance(options, dict) else [repr(options)]
+    if unknown:
+        raise CheckpointError(
+            f"{source} has model_args that are not read ({', '.join(unknown)}); known are "
+            f"{', '.join(sorted(MODEL_ARGS))}."
+        )
+    return options
 
 
 def read_json(path: Path) -> dict:
