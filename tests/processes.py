@@ -426,7 +426,8 @@ def serve() -> dict:
 
 
 def set_up_process(request: dict) -> None:
-    """Redirect input and output, and set the environment."""
+    """Redirect input and output, set the environment, and let Ctrl-C interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     output, append = request["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT
     files = [(os.devnull, os.O_RDONLY), (output, append), (request.get("errors", output), append)]
     for descriptor, (path, flags) in enumerate(files):
