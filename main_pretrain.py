@@ -199,25 +199,30 @@ def main(args) -> None:
         tensorboard_writer(args, state, len(loader)) as writer,
         replay_step(args, state, ddp_model, loader),
     ):
-        image_log = ImageLog(args, writer, loader)
-        for epoch in range(state.epoch, args.epochs):
-            loader.set_epoch(epoch, state.iteration)
-            stats = train_one_epoch(
-                ddp_model,
-                loader,
-                optimizer,
-                args.device,
-                epoch,
-                loss_scaler,
-                log_writer=writer,
-                args=args,
-                state=state,
-            )
-            stats = {f"train_{k}": v for k, v in stats.items()}
-            stats |= knn.measure(model, epoch, amp_dtype, writer)
-            log_epoch(args, stats | {"epoch": epoch})
-            state.end_epoch()
-            image_log.show(model, epoch)
+        run_epochs(args, state, ddp_model, loader, knn, writer)
+
+
+def run_epochs(args, state: RunState, ddp_model, loader, knn: OnlineKnn, writer) -> None:
+    """Train, measure kNN, log and save, epoch by epoch."""
+    image_log = ImageLog(args, writer, loader)
+    for epoch in range(state.epoch, args.epochs):
+        loader.set_epoch(epoch, state.iteration)
+        stats = train_one_epoch(
+            ddp_model,
+            loader,
+            state.optimizer,
+            args.device,
+            epoch,
+            state.loss_scaler,
+            log_writer=writer,
+            args=args,
+            state=state,
+        )
+        stats = {f"train_{k}": v for k, v in stats.items()}
+        stats |= knn.measure(state.model, epoch, state.loss_scaler.amp_dtype, writer)
+        log_epoch(args, stats | {"epoch": epoch})
+        state.end_epoch()
+        image_log.show(state.model, epoch)
 
 
 if __name__ == "__main__":

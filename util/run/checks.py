@@ -112,7 +112,7 @@ def check_data(args: argparse.Namespace) -> None:
     if args.shard_cache and not any("://" in getattr(args, name, "") for name in SOURCES):
         raise UserError("--shard_cache is for tar files at a URL: leave it out.")
     if args.skip_bad_images and getattr(args, "eval", False):
-        raise UserError("--skip_bad_images is for training; --eval counts every image.")
+        raise UserError("--skip_bad_images is for training (--eval counts all): leave it out.")
 
 
 def is_mixing(args) -> bool:
